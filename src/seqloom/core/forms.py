@@ -1,0 +1,90 @@
+"""Forms: exactly equal ways to compute one mixer. Which one runs is chosen here and never saved.
+
+A mixer's FORMS maps names to functions, the definition first. Order of choice: `with use_form(...)`, then
+`layer.form`, then automatic. The choice depends only on device and length, so it is made while a graph is traced,
+not inside it; each (mixer, form) is logged once a run and kept for the report.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+log = logging.getLogger("seqloom.forms")
+_asked: ContextVar[Mapping[str, str]] = ContextVar("seqloom_form", default={})
+_seen: dict[tuple[str, str], str] = {}
+
+# Automatic choice, best first. A single token always takes the recurrence.
+PREFERENCE = ("fused", "chunked", "parallel")
+
+
+def gpu_only(function: Callable) -> Callable:
+    """Mark a form that runs on CUDA devices alone."""
+    function.devices = ("cuda",)
+    return function
+
+
+@contextlib.contextmanager
+def use_form(form: str | None = None, /, **by_mixer: str) -> Iterator[None]:
+    """Ask for a form inside the block: `use_form("chunked")` for all mixers, or `use_form(mamba="recurrent")`."""
+    asked = dict(_asked.get())
+    if form is not None:
+        asked["*"] = form
+    token = _asked.set({**asked, **by_mixer})
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def runnable(forms: Mapping[str, Callable], device: torch.device | str) -> list[str]:
+    """Names of the forms that run on this kind of device."""
+    kind = torch.device(device).type
+    return [name for name, function in forms.items() if kind in getattr(function, "devices", (kind,))]
+
+
+def choose(forms: Mapping[str, Callable], *, name: str, tokens: int, device: torch.device,
+           layer_form: str | None = None, prefer: tuple[str, ...] = PREFERENCE) -> str:
+    """The form to run: what was asked for, or the preferred one that this device can run."""
+    asked = _asked.get()
+    form = asked.get(name) or asked.get("*") or layer_form
+    able = runnable(forms, device)
+    if form is not None:
+        if form not in forms:
+            raise ValueError(f"{name} has no form {form!r}; it has {', '.join(forms)}")
+        if form not in able:
+            raise ValueError(f"form {form!r} of {name} does not run on {device.type}; here it has {', '.join(able)}")
+        return form
+    definition = next(iter(forms))
+    if tokens == 1 and definition == "recurrent":
+        return definition
+    return next((form for form in prefer if form in able), definition)
+
+
+def run(forms: Mapping[str, Callable], *streams: torch.Tensor, name: str, layer_form: str | None = None,
+        prefer: tuple[str, ...] = PREFERENCE, **options: Any) -> Any:
+    """Compute `streams` by the chosen form of `forms`. `name` is the mixer's key in the table, for asking and logging."""
+    device, tokens = streams[0].device, streams[0].shape[1]
+    form = choose(forms, name=name, tokens=tokens, device=device, layer_form=layer_form, prefer=prefer)
+    if not torch.compiler.is_compiling():
+        record(name, form, device)
+    return forms[form](*streams, **options)
+
+
+def record(name: str, form: str, device: torch.device) -> None:
+    if (name, form) not in _seen:
+        _seen[name, form] = device.type
+        log.info("%s runs as %s on %s", name, form, device.type)
+
+
+def form_report() -> dict[str, list[str]]:
+    """Which forms have run in this process, by mixer."""
+    report: dict[str, list[str]] = {}
+    for name, form in _seen:
+        report.setdefault(name, []).append(form)
+    return report

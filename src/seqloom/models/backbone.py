@@ -1,0 +1,95 @@
+"""A stack of residual blocks: x + mixer(norm(x)), then x + mlp(norm(x)). Any mixer at any depth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from seqloom.core import BuildContext, Info, Mixed, Spec
+from seqloom.core import state as st
+from seqloom.core.mixer import Mixer
+from seqloom.parts import MLP, RMSNorm, SwiGLU
+
+NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One sequence mixer and, unless `mlp` is None, one channel mixer, each behind a norm and a residual sum."""
+
+    mixer: Spec
+    mlp: SwiGLU | MLP | None = SwiGLU()
+    norm: Literal["rms", "layer"] = "rms"
+    dropout: float = 0.0
+
+    def build(self, ctx: BuildContext) -> BlockLayer:
+        return BlockLayer(self, ctx)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """`blocks` over width `dim`, then a final norm. A hybrid is a tuple of different blocks."""
+
+    dim: int
+    blocks: tuple[Block, ...]
+    norm: Literal["rms", "layer", "none"] = "rms"
+
+    @property
+    def causal(self) -> bool:
+        return all(block.mixer.causal for block in self.blocks)
+
+    def build(self) -> StackLayer:
+        return StackLayer(self)
+
+
+class BlockLayer(nn.Module):
+    def __init__(self, spec: Block, ctx: BuildContext):
+        super().__init__()
+        self.mixer_norm = NORMS[spec.norm](ctx.dim)
+        self.mixer: Mixer = spec.mixer.build(ctx)
+        self.mlp_norm = NORMS[spec.norm](ctx.dim) if spec.mlp is not None else None
+        self.mlp = spec.mlp.build(ctx) if spec.mlp is not None else None
+        self.dropout = nn.Dropout(spec.dropout)
+
+    def forward(self, x: Tensor, state: Any = None, info: Info = Info(), donate: bool = False) -> Mixed:
+        y, state, aux = self.mixer(self.mixer_norm(x), state=state, info=info.only(self.mixer.uses), donate=donate)
+        x = x + self.dropout(y)
+        if self.mlp is not None:
+            x = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return Mixed(x, state, aux)
+
+
+class StackLayer(nn.Module):
+    """Blocks in order. The state is the tuple of the blocks' states."""
+
+    def __init__(self, spec: Stack):
+        super().__init__()
+        self.spec = spec
+        ctx = BuildContext(dim=spec.dim, depth=len(spec.blocks))
+        self.blocks = nn.ModuleList(block.build(ctx.at(i)) for i, block in enumerate(spec.blocks))
+        self.shared = ctx.store
+        self.norm = NORMS[spec.norm](spec.dim) if spec.norm != "none" else nn.Identity()
+        self.checkpointing = False  # recompute each block in the backward pass
+
+    def forward(self, x: Tensor, *, state: tuple | None = None, info: Info = Info(), donate: bool = False) -> Mixed:
+        states, losses = [], {}
+        for i, block in enumerate(self.blocks):
+            before = None if state is None else state[i]
+            if self.checkpointing and self.training and before is None:
+                x, after, aux = torch.utils.checkpoint.checkpoint(block, x, None, info, use_reentrant=False)
+            else:
+                x, after, aux = block(x, before, info, donate)
+            states.append(after)
+            losses.update({f"{i}.{name}": value for name, value in aux.items()})
+        return Mixed(self.norm(x), tuple(states), losses)
+
+    def init_state(self, batch: int, capacity: int | None = None, dtype: torch.dtype | None = None,
+                   device: torch.device | str | None = None) -> tuple:
+        return tuple(block.mixer.init_state(batch, capacity, dtype, device) for block in self.blocks)
+
+    def state_bytes(self, tokens: int, batch: int = 1, dtype: torch.dtype | None = None) -> int:
+        """Bytes of the whole state after `tokens` tokens."""
+        return st.count_bytes(self.init_state(batch, tokens, dtype, device="meta"))

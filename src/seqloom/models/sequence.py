@@ -1,0 +1,63 @@
+"""stem -> stack -> head: the layout of every one-tower model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from seqloom.core import Info
+from seqloom.models.backbone import Stack
+from seqloom.models.heads import PooledHead, TokenHead
+from seqloom.models.stems import TokenStem
+
+
+class Output(NamedTuple):
+    """logits of the head, the hidden vectors [B, T, D] it read, the state after the last token, named losses."""
+
+    logits: Tensor
+    hidden: Tensor
+    state: Any = None
+    aux: dict[str, Tensor] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceModel:
+    stem: TokenStem
+    stack: Stack
+    head: TokenHead | PooledHead
+
+    def build(self) -> SequenceModelLayer:
+        return SequenceModelLayer(self)
+
+
+def language_model(*, vocab: int, stack: Stack, tie: bool = True) -> SequenceModel:
+    """The spec of a language model over `vocab` tokens."""
+    return SequenceModel(stem=TokenStem(vocab=vocab), stack=stack, head=TokenHead(classes=vocab, tie=tie))
+
+
+class SequenceModelLayer(nn.Module):
+    def __init__(self, spec: SequenceModel):
+        super().__init__()
+        self.spec = spec
+        self.stem = spec.stem.build(spec.stack.dim)
+        self.stack = spec.stack.build()
+        self.head = spec.head.build(spec.stack.dim, self.stem)
+
+    def forward(self, ids: Tensor, *, state: Any = None, info: Info = Info(), donate: bool = False,
+                keep: int | Tensor = 0, embedded: Tensor | None = None) -> Output:
+        """`keep`: score only the last `keep` tokens (0: all) or the given positions; `embedded` replaces the stem."""
+        x = self.stem(ids) if embedded is None else embedded
+        hidden, state, aux = self.stack(x, state=state, info=info, donate=donate)
+        kept = hidden if isinstance(keep, int) and keep == 0 else hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep]
+        real = None if info.segments is None else info.segments != 0
+        return Output(self.head(kept, real), hidden, state, aux)
+
+    def init_state(self, batch: int, capacity: int | None = None, dtype: torch.dtype | None = None,
+                   device: torch.device | str | None = None) -> Any:
+        return self.stack.init_state(batch, capacity, dtype, device)
+
+    def state_bytes(self, tokens: int, batch: int = 1, dtype: torch.dtype | None = None) -> int:
+        return self.stack.state_bytes(tokens, batch, dtype)
