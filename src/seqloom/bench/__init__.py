@@ -1,1 +1,1 @@
-
+"""The benchmark runner: what is measured, and beside what."""

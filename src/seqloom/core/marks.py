@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 NAME = "seqloom_marks"
@@ -16,3 +17,13 @@ def mark(parameter: nn.Parameter, *, no_decay: bool = False, keep_float32: bool 
 
 def marks(parameter: nn.Parameter) -> dict:
     return getattr(parameter, NAME, {"no_decay": False, "keep_float32": False, "lr_scale": 1.0})
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`module.to(dtype)` for floating parameters and buffers, but parameters marked keep_float32 stay float32 or wider."""
+    kept = {name: p.data for name, p in module.named_parameters() if marks(p)["keep_float32"]}
+    module.to(dtype)
+    for name, parameter in module.named_parameters():
+        if name in kept:
+            parameter.data = kept[name].to(torch.promote_types(dtype, torch.float32))
+    return module

@@ -1,0 +1,46 @@
+"""Benchmark rows as a table on the terminal and as JSON with machine, versions and commit."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seqloom.study.digest import commit, machine, metadata_version
+
+PEERS = ("transformers", "x-transformers", "numpy")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Plain columns; nested values are left to the JSON."""
+    if not rows:
+        return "no rows"
+    keys = [key for key in rows[0] if not isinstance(rows[0][key], (list, dict))]
+    cells = [[_shown(row.get(key)) for key in keys] for row in rows]
+    widths = [max(len(key), *(len(line[i]) for line in cells)) for i, key in enumerate(keys)]
+    lines = ["  ".join(key.ljust(width) for key, width in zip(keys, widths, strict=True))]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return "" if value is None else ("yes" if value else "no")
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def write(suite: str, rows: list[dict[str, Any]], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    device = torch.cuda.get_device_name().split()[-1].lower() if torch.cuda.is_available() else "cpu"
+    path = folder / f"{suite.replace('-', '_')}_{device}.json"
+    record = {
+        "suite": suite, "date": time.strftime("%Y-%m-%d"), "commit": commit(), "machine": machine(),
+        "versions": {name: metadata_version(name) for name in PEERS}, "rows": rows,
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path

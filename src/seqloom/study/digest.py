@@ -1,0 +1,73 @@
+"""Is a committed result still about this code? A digest of what was run and of the modules that ran it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import seqloom
+
+ROOT = Path(seqloom.__file__).parent
+# What may change without changing any number: parsing, printing, documentation.
+OUTSIDE = ("cli", "bench", "hub", "study.digest", "study.evidence", "study.compare", "_version")
+
+
+def loaded_modules() -> list[str]:
+    """seqloom modules in this process that can influence a number, without those of other recipes."""
+    names = (name for name in sys.modules if name.startswith("seqloom.") and getattr(sys.modules[name], "__file__", None))
+    return sorted(name for name in names if not any(name.removeprefix("seqloom.").startswith(skip) for skip in OUTSIDE))
+
+
+def digest(what: Any, modules: list[str]) -> str:
+    """Hex digest of plain data and of the source text of `modules`."""
+    sha = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode())
+    for name in modules:
+        base = ROOT.joinpath(*name.split(".")[1:])
+        path = base.with_suffix(".py") if base.with_suffix(".py").exists() else base / "__init__.py"
+        sha.update(path.read_bytes() if path.exists() else b"gone")
+    return sha.hexdigest()[:16]
+
+
+def machine() -> dict[str, Any]:
+    """Where a number was measured: processor, threads, device, versions."""
+    return {
+        "machine": platform.machine(), "processor": _processor(), "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "system": platform.system(),
+        "python": platform.python_version(), "torch": torch.__version__, "seqloom": metadata_version("seqloom"),
+    }
+
+
+def metadata_version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "+" when files differ from it; None outside a checkout."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
