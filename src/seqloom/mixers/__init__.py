@@ -1,9 +1,15 @@
 """The table of sequence mixers: key = file name = name on the command line."""
 
+from seqloom.mixers.delta import DeltaNet
+from seqloom.mixers.gated_delta import GatedDeltaNet
 from seqloom.mixers.linear import LinearAttention
+from seqloom.mixers.softmax import SoftmaxAttention
 
 MIXERS = {
+    "softmax": SoftmaxAttention,
     "linear": LinearAttention,
+    "delta": DeltaNet,
+    "gated_delta": GatedDeltaNet,
 }
 
 __all__ = ["MIXERS", *(spec.__name__ for spec in MIXERS.values())]

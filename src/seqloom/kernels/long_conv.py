@@ -1,0 +1,392 @@
+"""Long convolution y_t = sum_{s <= t} k_{t-s} u_s, with a kernel per channel that may be as long as the sequence.
+
+Two kinds of kernel. A given one, k [D, L], is applied by FFT (`convolve`). One made by a diagonal state space,
+
+    h_t = Abar h_{t-1} + b u_t      y_t = 2 Re(c' h_t)      k_l = 2 Re sum_n c_n b_n Abar_n^l,
+
+has a state, and so it also streams: `recurrent` (the definition), `chunked` (linear in T) and `parallel` (the FFT of
+k). A = exp(log_a), b and c are complex [D, N], one of each conjugate pair of poles; powers are exp(l log_a). No form
+holds a [D, N, T] or [B, T, D, N] tensor. The state is [B, D, N, 2] (real, imaginary).
+
+Both directions: y_t = sum_{s <= t} k_{t-s} u_s + sum_{s > t} k'_{s-t-1} u_s, the kernel pad(k) + pad(flip(k')).
+Sources: [s4d] Method 4, 5 and 10; [s4-survey] Method 1 and 5.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from jaxtyping import Bool, Complex, Float, Int
+from torch import Tensor
+
+from seqloom.core.mixer import accumulator
+from seqloom.core.scan import carry, scan
+from seqloom.core.segments import Segments
+from seqloom.core.state import Mixed
+from seqloom.kernels.decay_scan import flip
+from seqloom.kernels.rows import regroup, take
+
+CHUNK = 64
+
+
+# A given kernel ---------------------------------------------------------------------------------------------------
+
+def toeplitz(k: Float[Tensor, "d l"], tokens: int, *, back: Float[Tensor, "d l"] | None = None,
+             segments: Segments | None = None) -> Float[Tensor, "b d t t"]:
+    """The T x T mixing weights, [1 or B, D, T, T]: y = toeplitz @ u. The definition of `convolve`, quadratic in T.
+
+    Lags count real tokens, so that padding inside a segment takes no time.
+    """
+    at = torch.arange(tokens, device=k.device)[None] if segments is None else segments.real.cumsum(1)
+    lag = at[:, :, None] - at[:, None, :]
+    forward, backward = (lag >= 0) & (lag < k.shape[1]), lag < 0
+    if segments is not None:
+        pair = segments.real[:, :, None] & segments.real[:, None, :] & (segments.run[:, :, None] == segments.run[:, None, :])
+        forward, backward = forward & pair, backward & pair
+    pick = lambda k, lag, keep: torch.where(keep, k[:, lag.clamp(0, k.shape[1] - 1)], 0.0)  # noqa: E731
+    weight = pick(k, lag, forward)
+    if back is not None:
+        weight = weight + pick(back, -lag - 1, backward & (-lag - 1 < back.shape[1]))
+    return rearrange(weight, "d b i j -> b d i j")
+
+
+def convolve(u: Float[Tensor, "b t d"], k: Float[Tensor, "d l"], *, back: Float[Tensor, "d l"] | None = None,
+             segments: Segments | None = None) -> Float[Tensor, "b t d"]:
+    """y = k * u within every segment by FFT, with `back` towards the past of later tokens (module docstring).
+
+    The transform is at least as long as signal and kernel together, so that nothing wraps around. Each segment gets
+    a row of its own (`rows.regroup`), so that a loud one leaves no rounding error in a quiet one. Sizes of rows depend
+    on the data: compiled code takes `_by_halves`, whose shapes do not.
+    """
+    wide = accumulator(u.dtype)
+    with _full_precision(u):
+        return _within(u.to(wide), k.to(wide), None if back is None else back.to(wide), segments).to(u.dtype)
+
+
+def _within(u: Tensor, k: Tensor, back: Tensor | None, segments: Segments | None) -> Tensor:
+    if segments is None:
+        return _fft(u, k, back)
+    u = segments.hold(u)
+    if torch.compiler.is_compiling():
+        y = _by_halves(u, k, segments)
+        return y if back is None else y + _by_halves(u.flip(1), F.pad(back, (1, 0)), flip(segments)).flip(1)
+    rows = regroup(segments)
+    if not rows.buckets:
+        return torch.zeros_like(u)
+    return rows.join([_fft(part, k, back) for part in rows.split(u)])
+
+
+def _fft(u: Float[Tensor, "b t d"], k: Float[Tensor, "d l"], back: Tensor | None) -> Float[Tensor, "b t d"]:
+    tokens = u.shape[1]
+    k = k[:, :tokens]
+    size = 2 * tokens if torch.compiler.is_compiling() else _smooth(2 * tokens)
+    if back is not None:  # lag -1 stands at the very end of the period
+        back = back[:, : tokens - 1]
+        k = F.pad(k, (0, size - k.shape[1])) + F.pad(back.flip(1), (size - back.shape[1], 0))
+    product = torch.fft.rfft(u.transpose(1, 2), n=size) * torch.fft.rfft(k, n=size)
+    return torch.fft.irfft(product, n=size)[..., :tokens].transpose(1, 2)
+
+
+def _smooth(size: int) -> int:
+    """The least even number from `size` on without a prime factor above 5, which transforms fast."""
+    best = 1 << max(size - 1, 1).bit_length()
+    five = 1
+    while five < best:
+        three = five
+        while three < best:
+            number = three * 1 << max(-(-size // three) - 1, 0).bit_length()
+            if number % 2 == 0:
+                best = min(best, number)
+            three *= 3
+        five *= 5
+    return best
+
+
+def _by_halves(u: Float[Tensor, "b t d"], k: Float[Tensor, "d l"], segments: Segments) -> Float[Tensor, "b t d"]:
+    """The causal convolution within segments in fixed shapes: u has zeros at holds.
+
+    Blocks are joined pairwise, log2(T) times. What passes from the first half of a block to the second comes from
+    tokens in the run that the middle stands in, and goes to tokens in that run: a selection of inputs and one of
+    outputs around a plain convolution, and no mask over pairs.
+    """
+    tokens = u.shape[1]
+    source, place, run = _together(segments)
+    size = 1
+    while size < tokens:
+        size *= 2
+    x = F.pad(take(u, source), (0, 0, 0, size - tokens)).transpose(1, 2)
+    run = torch.cat([run, run[:, -1:].expand(-1, size - tokens)], 1)[:, None]
+    k = F.pad(k, (0, max(size - k.shape[1], 0)))
+    small = min(CHUNK, size)
+    y = rearrange(x, "b d (m c) -> d m b c", c=small)
+    y = _masked_toeplitz(y, k[:, :small], rearrange(run[:, 0], "b (m c) -> m b c", c=small))
+    y = rearrange(y, "d m b c -> b d (m c)")
+    half = small
+    while half < size:
+        first, second = x.unflatten(-1, (-1, 2, half)).unbind(-2)
+        run_1, run_2 = run.unflatten(-1, (-1, 2, half)).unbind(-2)
+        middle = run_1[..., -1:]
+        first = torch.where(run_1 == middle, first, 0.0)
+        spectrum = torch.fft.rfft(first, n=2 * half) * torch.fft.rfft(k[:, : 2 * half], n=2 * half)[:, None]
+        # positions below `half` wrap around; those read here, from `half` on, do not
+        joined = torch.where(run_2 == middle, torch.fft.irfft(spectrum, n=2 * half)[..., half:], 0.0)
+        y = y + torch.stack([torch.zeros_like(second), joined], -2).flatten(-3)
+        half *= 2
+    return segments.hold(take(y[..., :tokens].transpose(1, 2), place))
+
+
+# A diagonal state space -------------------------------------------------------------------------------------------
+
+def step(state: Float[Tensor, "b d n 2"], u: Float[Tensor, "b d"], *, log_a: Complex[Tensor, "d n"],
+         b: Complex[Tensor, "d n"], c: Complex[Tensor, "d n"]) -> tuple[Tensor, Tensor]:
+    """One token, as the papers write it. This is the definition; every other form must agree with it."""
+    h = _complex(state)
+    h = log_a.exp() * h + b * u.to(state.dtype)[..., None]
+    return torch.view_as_real(h), 2 * (c * h).sum(-1).real.to(u.dtype)
+
+
+def recurrent(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor, c: Tensor, state: Tensor | None = None,
+              segments: Segments | None = None) -> Mixed:
+    """Token by token. state None: from nothing."""
+    if state is None:
+        state = _nothing(u, log_a)
+    with _full_precision(u):
+        return scan(lambda state, u: step(state, u, log_a=log_a, b=b, c=c), u, state=state, segments=segments)
+
+
+def matrix(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor, c: Complex[Tensor, "2 d n"], state: None = None,
+           segments: Segments | None = None) -> Mixed:
+    """Both directions by the T x T weights: their definition. c holds the read-out of the past and of the future."""
+    tokens = u.shape[1]
+    power = torch.exp(log_a[..., None] * torch.arange(tokens, device=u.device))
+    k, back = 2 * einsum(c * b, power, "s d n, d n t -> s d t").real
+    weight = toeplitz(k, tokens, back=back, segments=segments)
+    u = u if segments is None else segments.hold(u)
+    with _full_precision(u):
+        y = einsum(weight.expand(u.shape[0], -1, -1, -1), u.to(k.dtype), "b d i j, b j d -> b i d")
+    return Mixed(y.to(u.dtype))
+
+
+def parallel(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor, c: Tensor, state: Tensor | None = None,
+             segments: Segments | None = None) -> Mixed:
+    """By FFT. The kernel and the final state are matrix products of two short tables of powers."""
+    tokens, wide = u.shape[1], accumulator(u.dtype)
+    with _full_precision(u):
+        y = _within(u.to(wide), kernel(tokens, log_a=log_a, b=b, c=c), None, segments)
+        if segments is None:
+            source, place, run = None, None, None
+            count = torch.full_like(u[:, 0, 0], tokens, dtype=torch.int64)
+            line = u
+        else:
+            source, place, run = _together(segments)
+            line, count = take(segments.hold(u), source), segments.real.sum(1)
+        # the final state sums the last run: its tokens are moved to the end, where token T - 1 - l has power l
+        at = torch.arange(tokens, device=u.device) + (count - tokens)[:, None]
+        if run is not None:
+            mine = (at >= 0) & (run.gather(1, at.clamp(min=0)) == run[:, -1:])
+            line = torch.where(mine[..., None], take(line, at.clamp(min=0)), 0.0)
+        last = _complex(_summary(line, log_a=log_a, b=b))
+        if state is not None:
+            h = _complex(state)
+            read = _readout(h, tokens, log_a=log_a, c=c)
+            if run is not None:
+                read = segments.hold(take(torch.where((run == 0)[..., None], read, 0.0), place))
+            y = y + read
+            kept = h * torch.exp(log_a * count.to(log_a.real.dtype)[:, None, None])
+            last = last + (kept if run is None else torch.where((run[:, -1] == 0)[:, None, None], kept, 0.0))
+    return Mixed(y.to(u.dtype), torch.view_as_real(last))
+
+
+def parallel_bidirectional(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor, c: Complex[Tensor, "2 d n"],
+                           state: None = None, segments: Segments | None = None) -> Mixed:
+    """Both directions by one FFT, with the two kernels in one."""
+    with _full_precision(u):
+        k, back = (kernel(u.shape[1], log_a=log_a, b=b, c=side) for side in c)
+    return Mixed(convolve(u, k, back=back, segments=segments))
+
+
+def chunked(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor, c: Tensor, state: Tensor | None = None,
+            segments: Segments | None = None, chunk: int = CHUNK, delay: int = 0) -> Mixed:
+    """By chunks: a Toeplitz product inside, one state per chunk between. Linear in T in time and memory.
+
+    What enters and what leaves a chunk are matrix products with the powers up to `chunk`, and `core.scan.carry` joins
+    the states over chunks. With `delay=1` a token reads the state before its own write (the second direction of a
+    bidirectional pass). chunk: a power of two.
+    """
+    tokens, wide = u.shape[1], accumulator(u.dtype)
+    size = 1
+    while size < min(tokens, chunk):
+        size *= 2
+    extra = -tokens % size
+    run = place = None
+    if segments is not None:
+        source, place, run = _together(segments)
+        u = take(segments.hold(u), source)
+        run = rearrange(torch.cat([run, run[:, -1:].expand(-1, extra)], 1), "b (m r) -> m b r", r=size)
+    with _full_precision(u):
+        x = rearrange(F.pad(u.to(wide), (0, 0, 0, extra)), "b (m r) d -> d m b r", r=size)
+        power = _powers(log_a, size + 1)
+        write, read = _pairs(b[..., None] * power[..., :size].flip(-1)), _rows(c[..., None] * power)
+        k = (torch.view_as_real(b).flatten(-2)[:, None] @ read[..., : size - delay])[:, 0]
+        k = F.pad(k, (delay, 0))
+
+        entering = reads = alive = None
+        kept, decay = x, power[:, None, None, :, size]
+        if run is not None:
+            last = run[..., -1]
+            entering = F.pad(last, (0, 0, 1, 0))[:-1]  # the count of boundaries before each chunk
+            reads, alive = run == entering[..., None], (last == entering)[..., None]
+            kept = torch.where(run == last[..., None], x, 0.0)
+            decay = torch.where(alive, decay, 0.0)
+        start = (_nothing(u, log_a) if state is None else state).transpose(0, 1)
+        before, _ = carry(decay.expand(-1, x.shape[1], -1, -1), _batched(kept, write, complex=True), _complex(start))
+        y = _batched(torch.view_as_real(before).flatten(-2), read[..., 1 - delay : size + 1 - delay])
+        if run is None:
+            y = y + _batched(x, _triangle(k))
+        else:
+            y = torch.where(reads, y, 0.0) + _masked_toeplitz(x, k, run)
+        y = rearrange(y, "d m b r -> b (m r) d")[:, :tokens].to(u.dtype)
+        final = _final(x, before, run, entering, write, power, segments, tokens, state)
+    return Mixed(y if segments is None else segments.hold(take(y, place)), final)
+
+
+def chunked_bidirectional(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor, c: Complex[Tensor, "2 d n"],
+                          state: None = None, segments: Segments | None = None, chunk: int = CHUNK) -> Mixed:
+    """Both directions by two chunked passes, the second over the flipped sequence and one token late."""
+    wide = u.to(accumulator(u.dtype))
+    ahead = chunked(wide, log_a=log_a, b=b, c=c[0], segments=segments, chunk=chunk)
+    flipped = None if segments is None else flip(segments)
+    behind = chunked(wide.flip(1), log_a=log_a, b=b, c=c[1], segments=flipped, chunk=chunk, delay=1)
+    return Mixed((ahead.y + behind.y.flip(1)).to(u.dtype))
+
+
+def kernel(tokens: int, *, log_a: Complex[Tensor, "d n"], b: Complex[Tensor, "d n"],
+           c: Complex[Tensor, "d n"]) -> Float[Tensor, "d t"]:
+    """k_l = 2 Re sum_n c_n b_n Abar_n^l for l < T: with l = q r + s, one product of [T / r, 2N] with [2N, r] a channel."""
+    return _readout(b[None], tokens, log_a=log_a, c=c, first=0)[0].T
+
+
+# Pieces -----------------------------------------------------------------------------------------------------------
+
+def _readout(h: Complex[Tensor, "b d n"], tokens: int, *, log_a: Tensor, c: Tensor, first: int = 1) -> Float[Tensor, "b t d"]:
+    """What a state gives to the T tokens after it, y_t = 2 Re(c' Abar^(t+1) h) for t = 0 .. T - 1; `first` is the 1."""
+    size = min(CHUNK, tokens)
+    many = -(-tokens // size)
+    near = _rows(c[..., None] * _powers(log_a, size + first)[..., first:])
+    far = einsum(_powers(log_a * size, many), h, "d n m, b d n -> d m b n")
+    return rearrange(_batched(torch.view_as_real(far).flatten(-2), near), "d m b r -> b (m r) d")[:, :tokens]
+
+
+def _summary(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor) -> Float[Tensor, "b d n 2"]:
+    """The state after T tokens from nothing: sum_t Abar^(T-1-t) b u_t."""
+    tokens = u.shape[1]
+    size = min(CHUNK, tokens)
+    extra = -tokens % size
+    x = rearrange(F.pad(u.to(log_a.real.dtype), (0, 0, extra, 0)), "b (m r) d -> d m b r", r=size)
+    write = _pairs(b[..., None] * _powers(log_a, size).flip(-1))
+    part = _batched(x, write, complex=True)
+    far = _powers(log_a * size, part.shape[1]).flip(-1)
+    return torch.view_as_real(einsum(part, far, "d m b n, d n m -> b d n"))
+
+
+def _final(x: Float[Tensor, "d m b r"], before: Complex[Tensor, "d m b n"], run: Tensor | None, entering: Tensor | None,
+           write: Tensor, power: Tensor, segments: Segments | None, tokens: int, state: Tensor | None) -> Tensor:
+    """The state after each row's last real token: the state that enters that token's chunk, and the writes up to it."""
+    size = x.shape[-1]
+    if run is None:
+        left = tokens - (x.shape[1] - 1) * size  # tokens in the last chunk
+        h = power[:, None, :, left] * before[:, -1]
+        h = h + _batched(x[:, -1:, :, :left], write[:, size - left :], complex=True)[:, 0]
+        return torch.view_as_real(h.transpose(0, 1))
+    count = segments.real.sum(1)
+    mine = (count - 1).clamp(min=0) // size
+    left = count - mine * size  # 1 .. size; 0 where the row holds no token
+    row = torch.arange(count.shape[0], device=count.device)
+    last = run[-1, :, -1]
+    # tokens of the chunk moved to its end, so that the one before the last has power 1
+    at = torch.arange(size, device=count.device) - size + left[:, None]
+    here = (at >= 0) & (run[mine, row].gather(1, at.clamp(min=0)) == last[:, None])
+    line = x[:, mine, row].gather(-1, at.clamp(min=0).expand(x.shape[0], -1, -1))
+    h = _batched(torch.where(here, line, 0.0)[:, None], write, complex=True)[:, 0]  # [d b n]
+    goes_on = (last == entering[mine, row])[:, None]
+    h = h + torch.where(goes_on, power.permute(0, 2, 1)[:, left] * before[:, mine, row], 0.0)
+    h = torch.view_as_real(h.transpose(0, 1))
+    old = torch.zeros_like(h) if state is None else state
+    return torch.where((count > 0)[:, None, None, None], h, old)
+
+
+def _masked_toeplitz(x: Float[Tensor, "d m b r"], k: Float[Tensor, "d r"], run: Int[Tensor, "m b r"]) -> Tensor:
+    """The causal product inside chunks, between tokens of one run only: blocks joined pairwise as in `_by_halves`."""
+    size = x.shape[-1]
+    y = x * k[:, None, None, :1]
+    half = 1
+    while half < size:
+        first, second = x.unflatten(-1, (-1, 2, half)).unbind(-2)
+        run_1, run_2 = run.unflatten(-1, (-1, 2, half)).unbind(-2)
+        middle = run_1[..., -1:]
+        # token j of the first half and i of the second are half + i - j apart
+        weight = k[:, 1 : 2 * half].unfold(-1, half, 1).flip(1)
+        joined = _batched(torch.where(run_1 == middle, first, 0.0), weight)
+        joined = torch.where(run_2 == middle, joined, 0.0)
+        y = y + torch.stack([torch.zeros_like(second), joined], -2).flatten(-3)
+        half *= 2
+    return y
+
+
+def _triangle(k: Float[Tensor, "d r"]) -> Float[Tensor, "d r r"]:
+    """[j, i] = k_{i-j}, 0 where i < j: a window sliding over the kernel with zeros before it."""
+    size = k.shape[-1]
+    return F.pad(k, (size - 1, 0)).unfold(-1, size, 1).flip(1)
+
+
+def _batched(x: Float[Tensor, "d ... r"], weight: Float[Tensor, "d r s"], complex: bool = False) -> Tensor:
+    """x @ weight for every channel d, as one batched matrix product; `complex` joins pairs of the result."""
+    y = (x.flatten(1, -2) @ weight).unflatten(1, x.shape[1:-1])
+    return torch.view_as_complex(y.unflatten(-1, (-1, 2))) if complex else y
+
+
+def _powers(log_a: Complex[Tensor, "d n"], count: int) -> Complex[Tensor, "d n l"]:
+    """Abar^l for l < count. Each is a product of two exponentials, so that there are 2 sqrt(count) of them to take."""
+    size = 1
+    while size * size < count:
+        size *= 2
+    many = -(-count // size)
+    index = torch.arange(max(size, many), device=log_a.device)
+    near = torch.exp(log_a[..., None] * index[:size])
+    far = torch.exp((log_a * size)[..., None] * index[:many])
+    return (far[..., None] * near[..., None, :]).flatten(-2)[..., :count]
+
+
+def _pairs(x: Complex[Tensor, "d n r"]) -> Float[Tensor, "d r m"]:
+    """[D, R, 2N]: columns that write real and imaginary parts, side by side."""
+    return rearrange(torch.view_as_real(x), "d n r two -> d r (n two)")
+
+
+def _rows(x: Complex[Tensor, "d n r"]) -> Float[Tensor, "d m r"]:
+    """[D, 2N, R]: rows that read 2 Re(x' h) from real and imaginary parts, side by side."""
+    return rearrange(torch.view_as_real(2 * x.conj()), "d n r two -> d (n two) r")
+
+
+def _together(segments: Segments) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"], Int[Tensor, "b t"]]:
+    """(source, place, run): real tokens moved to the front, and their runs; holds behind them stand in the last run."""
+    source, place = segments.order()
+    front = torch.arange(source.shape[1], device=source.device) < segments.real.sum(1, keepdim=True)
+    return source, place, torch.where(front, segments.run.gather(1, source), segments.run[:, -1:])
+
+
+def _nothing(u: Tensor, log_a: Tensor) -> Float[Tensor, "b d n 2"]:
+    return torch.zeros(u.shape[0], *log_a.shape, 2, dtype=log_a.real.dtype, device=u.device)
+
+
+def _complex(state: Float[Tensor, "b d n 2"]) -> Complex[Tensor, "b d n"]:
+    return torch.view_as_complex(state.contiguous())
+
+
+def _full_precision(u: Tensor) -> torch.autocast:
+    """Autocast is off inside: it would round the products of powers, and half-precision pairs are no complex numbers."""
+    return torch.autocast(u.device.type, enabled=False)
+
+
+__all__ = ["chunked", "chunked_bidirectional", "convolve", "kernel", "matrix", "parallel", "parallel_bidirectional", "recurrent",
+           "step", "toeplitz"]

@@ -1,0 +1,170 @@
+"""Regrouping segments into rows: each segment of a packed or padded batch becomes a row of its own.
+
+A kernel that is exact on whole sequences (fused attention, an FFT convolution) is exact on packed ones when every
+segment gets its own row. Rows are collected into buckets by length, (2^(k-1), 2^k] tokens to bucket k, and padded at
+the end to the longest of the bucket: at most log2(T) + 1 dense calls, each at most twice its real tokens long, and no
+mask where padding at the end cannot be seen (causal kernels).
+
+    rows = regroup(segments)
+    parts = [kernel(row, bucket) for row, bucket in zip(rows.split(x), rows.buckets)]     # [n, L, ...] each
+    y = rows.join(parts)                                                                  # [B, T, ...]
+
+Sizes depend on the data, so this is for eager code: compiled code takes a masked form instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from seqloom.core.segments import Segments
+
+
+class Bucket(NamedTuple):
+    """n segments of similar length, as rows of L slots; L is the length of the longest.
+
+    index: flat index b * T + t of each slot's token; a slot past the end repeats the segment's last token
+    real:  False in the slots past the end
+    row:   which row b of the batch a segment stands in
+    run:   which run of that row it is (`Segments.run`): 0 goes on from the incoming state
+    """
+
+    index: Int[Tensor, "n l"]
+    real: Bool[Tensor, "n l"]
+    row: Int[Tensor, " n"]
+    run: Int[Tensor, " n"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How tokens [B, T] and rows correspond: one to one between real tokens and real slots.
+
+    shape:   (B, T) of the batch
+    buckets: the rows, shortest first
+    index:   [M] flat token of every slot of every bucket in order, M = sum of n L
+    blanks:  [.] slots that hold no token: they read as 0 and no gradient comes from them
+    place:   [B T] slot of every token
+    holds:   [.] tokens that have no slot (padding)
+    whole:   every row of the batch is one segment without padding, so the batch is its own single bucket
+    """
+
+    shape: tuple[int, int]
+    buckets: tuple[Bucket, ...]
+    index: Int[Tensor, " m"]
+    blanks: Int[Tensor, " p"]
+    place: Int[Tensor, " bt"]
+    holds: Int[Tensor, " h"]
+    whole: bool
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        return [bucket.index.numel() for bucket in self.buckets]
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """x [B, T, ...] as rows [n, L, ...], one tensor a bucket, zeros past the end of a segment.
+
+        Tokens that hold are read by no row: NaN there moves neither value nor gradient.
+        """
+        if self.whole:
+            return [x]
+        flat = _Gather.apply(x.flatten(0, 1), self.index, self.blanks, self.place, self.holds)
+        parts = flat.split(self.sizes)
+        return [part.unflatten(0, bucket.index.shape) for part, bucket in zip(parts, self.buckets, strict=True)]
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The inverse of `split`: rows [n, L, ...] back to [B, T, ...], zeros at tokens that hold.
+
+        What stands past the end of a segment is dropped and gets no gradient.
+        """
+        if self.whole:
+            return parts[0]
+        flat = [part.flatten(0, 1) for part in parts]
+        if not flat:
+            raise ValueError("these rows hold no token at all; test `rows.buckets` before computing on them")
+        joined = flat[0] if len(flat) == 1 else torch.cat(flat)
+        return _Gather.apply(joined, self.place, self.holds, self.index, self.blanks).unflatten(0, self.shape)
+
+
+def regroup(segments: Segments) -> Rows:
+    """The rows of `segments` [B, T]. Reads sizes from the device, once: for eager code only."""
+    batch, tokens = segments.real.shape
+    device = segments.real.device
+    real = segments.real.flatten()
+    if bool((segments.real & (segments.run == segments.run[:, :1])).all()):
+        return _whole(segments)
+    run = segments.run.flatten()
+    flat = real.nonzero()[:, 0]  # real tokens in order; those of one segment are neighbours
+    name = run[flat] + (flat // tokens) * (tokens + 1)
+    first = torch.ones_like(flat, dtype=torch.bool)
+    first[1:] = name[1:] != name[:-1]
+    start = first.nonzero()[:, 0]
+    length = torch.diff(start, append=start.new_tensor([flat.shape[0]]))
+    powers = 2 ** torch.arange(max(tokens - 1, 1).bit_length() + 1, device=device)
+    kind = torch.bucketize(length, powers)  # 0 for one token, k for (2^(k-1), 2^k]
+    order = torch.argsort(kind, stable=True)
+    count = torch.bincount(kind, minlength=powers.shape[0])
+    longest = torch.zeros_like(powers).scatter_reduce_(0, kind, length, "amax")
+
+    buckets, at = [], 0
+    for rows, slots in torch.stack([count, longest], 1).tolist():
+        if not rows:
+            continue
+        mine = order[at : at + rows]
+        at += rows
+        slot = torch.arange(slots, device=device)
+        last = length[mine, None] - 1
+        index = flat[start[mine, None] + torch.minimum(slot, last)]
+        buckets.append(Bucket(index, slot <= last, index[:, 0] // tokens, run[index[:, 0]]))
+
+    if buckets:
+        index = torch.cat([bucket.index.flatten() for bucket in buckets])
+        filled = torch.cat([bucket.real.flatten() for bucket in buckets])
+    else:
+        index, filled = flat, real[:0]
+    slot = filled.nonzero()[:, 0]
+    place = torch.zeros(batch * tokens, dtype=torch.int64, device=device)
+    place[index[slot]] = slot
+    return Rows((batch, tokens), tuple(buckets), index, (~filled).nonzero()[:, 0], place, (~real).nonzero()[:, 0], False)
+
+
+def take(x: Tensor, index: Int[Tensor, "b r"]) -> Tensor:
+    """x[b, index[b, r]] for x [B, T, ...]: [B, R, ...], as one gather of rows."""
+    flat = index + torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, index.shape)
+
+
+def _whole(segments: Segments) -> Rows:
+    batch, tokens = segments.real.shape
+    index = torch.arange(batch * tokens, device=segments.real.device)
+    row = torch.arange(batch, device=index.device)
+    bucket = Bucket(index.view(batch, tokens), segments.real, row, segments.run[:, 0])
+    none = index[:0]
+    return Rows((batch, tokens), (bucket,), index, none, index, none, True)
+
+
+class _Gather(torch.autograd.Function):
+    """x [N, ...] at `index`, zeros at `blanks`; the gradient is gathered back by `place`, zeros at `holds`.
+
+    Autograd of an indexing adds into its gradient, one element at a time. Here tokens and slots correspond one to
+    one, so that the gradient is a gather as well, and so is its own gradient.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, index: Tensor, blanks: Tensor, place: Tensor, holds: Tensor) -> Tensor:
+        out = x.index_select(0, index)
+        return out.index_fill_(0, blanks, 0) if blanks.numel() else out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        index, blanks, place, holds = ctx.saved_tensors
+        return _Gather.apply(gradient, place, holds, index, blanks), None, None, None, None

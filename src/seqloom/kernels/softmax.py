@@ -1,0 +1,479 @@
+"""Softmax attention over a pattern: y_i = sum_j softmax_j(scale q_i k_j + bias_ij) v_j over the keys j that i sees.
+
+What a query sees is data (`Pattern`), stated in coordinates (`Coords`): the position in the segment, and which segment,
+never the place in a tensor. Every form takes
+
+    q [B, T, H, K], k [B, S, G, K], v [B, S, G, V], G key heads that divide H (query head h reads key head h // (H / G))
+
+and returns `Partial(y [B, T, H, V], lse [B, T, H])`, lse the log-sum-exp of the scores (None from `fused`). There are
+three ways to say where the tokens stand:
+
+    nothing       all tokens are real and of one segment; the last T of the S keys are the queries' own tokens
+    segments      S = T: packed or padded rows; `at` may give other positions for the distance bias
+    keys, queries explicit coordinates, for keys that were cached; causal and window patterns want the queries' own
+                  tokens as the last T keys, in order, and the keys before them in order of position
+
+A query without a visible key has y = 0 and lse = -inf, with finite gradients; so has a query that holds.
+Source: [flashattention-2]; grouped queries and windows as in its point 3 and 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from seqloom.core.mixer import accumulator
+from seqloom.core.segments import Segments
+from seqloom.kernels.merge import Partial
+from seqloom.kernels.rows import regroup, take
+
+BLOCK = 512  # keys a step of the online softmax
+CHUNK = 64   # least number of queries in a chunk of a banded window
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pattern:
+    """Which keys a query sees within its segment, and with what bias. i, j are positions of query and key.
+
+    order:  causal: j <= i. dense: all.
+    window: |i - j| < window, so that a causal query sees `window` keys, itself included
+    prefix: keys with j < prefix are seen by every query of the segment, earlier ones too (a bidirectional prefix)
+    slopes: one a query head: bias_ij = -slope |i - j| (ALiBi)
+    """
+
+    order: Literal["causal", "dense"] = "causal"
+    window: int | None = None
+    prefix: int = 0
+    slopes: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"Pattern: a window of {self.window} shows no key; the least is 1 (the token itself)")
+        if self.prefix and (self.window is not None or self.order == "dense"):
+            raise ValueError("Pattern: a prefix needs order='causal' and no window; a dense pattern sees the prefix anyway")
+
+    @property
+    def causal(self) -> bool:
+        return self.order == "causal"
+
+    def sees(self, queries: Coords, keys: Coords) -> Bool[Tensor, "b t s"]:
+        """Pairs that are kept. The definition of the pattern, for any blocks of queries and keys."""
+        i, j = queries.position[:, :, None], keys.position[:, None, :]
+        keep = queries.run[:, :, None] == keys.run[:, None, :]
+        if self.causal:
+            keep = keep & ((j <= i) | (j < self.prefix) if self.prefix else j <= i)
+        if self.window is not None:
+            keep = keep & (i - j < self.window)
+            if not self.causal:
+                keep = keep & (j - i < self.window)
+        if queries.real is not None:
+            keep = keep & queries.real[:, :, None]
+        return keep if keys.real is None else keep & keys.real[:, None, :]
+
+    def bias(self, queries: Coords, keys: Coords, dtype: torch.dtype) -> Float[Tensor, "b h t s"] | None:
+        """What is added to the scores: the distance bias, and log(count) of keys that stand for several tokens."""
+        bias = None
+        if self.slopes is not None:
+            i = queries.position if queries.at is None else queries.at
+            j = keys.position if keys.at is None else keys.at
+            slopes = torch.tensor(self.slopes, dtype=dtype, device=i.device)[:, None, None]
+            bias = -slopes * (i[:, None, :, None] - j[:, None, None, :]).abs().to(dtype)
+        if keys.count is not None:
+            counts = keys.count.to(dtype).log()[:, None, None, :]
+            bias = counts if bias is None else bias + counts
+        return bias
+
+
+class Coords(NamedTuple):
+    """Where tokens stand. Every field is [B, T], or [1, T] where all rows agree.
+
+    position: place in the segment, from 0, counting real tokens
+    run:      which segment; tokens see each other only where it is equal
+    real:     False where a token holds: it is not seen and sees nothing. None: all are real
+    at:       positions for the distance bias, where they are not `position`
+    count:    how many tokens a key stands for (a log-count bias); None: one each
+    """
+
+    position: Tensor
+    run: Tensor
+    real: Tensor | None = None
+    at: Tensor | None = None
+    count: Tensor | None = None
+
+    def slice(self, start: int, stop: int) -> Coords:
+        return Coords(*(x if x is None else x[:, start:stop] for x in self))
+
+    def take(self, index: Tensor) -> Coords:
+        """Tokens `index` [B, R] of every row."""
+        pick = lambda x: x if x is None else x.expand(index.shape[0], -1).gather(1, index)  # noqa: E731
+        return Coords(*map(pick, self))
+
+    def pad(self, before: int, after: int) -> Coords:
+        """With tokens at either end that no query sees."""
+        real = torch.ones_like(self.position, dtype=torch.bool) if self.real is None else self.real
+        padded = (x if x is None else F.pad(x, (before, after), value=0) for x in self._replace(real=real))
+        return Coords(*padded)
+
+    @property
+    def rows(self) -> int:
+        return max(x.shape[0] for x in self if x is not None)
+
+    def expand(self, rows: int) -> Coords:
+        return Coords(*(x if x is None else x.expand(rows, -1) for x in self))
+
+    def window(self, size: int, step: int) -> Coords:
+        """Overlapping windows of `size` tokens every `step`, as rows: [(B n), size]."""
+        return Coords(*(x if x is None else x.unfold(1, size, step).flatten(0, 1) for x in self))
+
+
+def cat(first: Coords, second: Coords) -> Coords:
+    """The tokens of `first`, then those of `second`."""
+    if first.real is not None or second.real is not None:
+        first, second = (c if c.real is not None else c._replace(real=torch.ones_like(c.position, dtype=torch.bool))
+                         for c in (first, second))
+    rows = max(first.rows, second.rows)
+    join = lambda a, b: None if a is None else torch.cat([a, b], 1)  # noqa: E731
+    return Coords(*map(join, first.expand(rows), second.expand(rows)))
+
+
+def line(tokens: int, device: torch.device, start: int = 0) -> Coords:
+    """One segment without padding, from position `start`: [1, T]."""
+    position = torch.arange(start, start + tokens, device=device)[None]
+    return Coords(position, torch.zeros_like(position))
+
+
+def packed(segments: Segments, at: Tensor | None = None) -> Coords:
+    """The coordinates that segments imply: positions count the real tokens of each run from 0."""
+    rank = segments.real.cumsum(1) - 1
+    first = torch.where(segments.starts(), rank, 0).cummax(1).values
+    return Coords(rank - first, segments.run, segments.real, at)
+
+
+def matrix(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b s g k"], v: Float[Tensor, "b s g v"], *, pattern: Pattern,
+           segments: Segments | None = None, at: Tensor | None = None, queries: Coords | None = None,
+           keys: Coords | None = None, scale: float | None = None) -> Partial:
+    """By the T x S mixing weights, masked. The definition; every other form must agree with it."""
+    weight, lse = weights(q, k, pattern=pattern, segments=segments, at=at, queries=queries, keys=keys, scale=scale)
+    _, _, v, _, _ = _placed(q, k, v, segments, at, queries, keys)
+    weight = rearrange(weight, "b (g r) t s -> b g r t s", g=v.shape[2])
+    y = einsum(weight, v.to(weight.dtype), "b g r t s, b s g v -> b t g r v")
+    return Partial(rearrange(y, "b t g r v -> b t (g r) v").to(v.dtype), lse)
+
+
+def weights(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b s g k"], *, pattern: Pattern, segments: Segments | None = None,
+            at: Tensor | None = None, queries: Coords | None = None, keys: Coords | None = None,
+            scale: float | None = None) -> tuple[Float[Tensor, "b h t s"], Float[Tensor, "b t h"]]:
+    """The mixing weights (rows sum to 1, or to 0 where no key is visible) and the log-sum-exp of their scores."""
+    q, k, _, queries, keys = _placed(q, k, None, segments, at, queries, keys)
+    wide = accumulator(q.dtype)
+    q = rearrange(q.to(wide) * _scale(q, scale), "b t (g r) k -> b g r t k", g=_groups(q, k))
+    score = rearrange(einsum(q, k.to(wide), "b g r t k, b s g k -> b g r t s"), "b g r t s -> b (g r) t s")
+    bias = pattern.bias(queries, keys, wide)
+    score = score if bias is None else score + bias
+    keep = pattern.sees(queries, keys)[:, None]
+    # a row without any key: its maximum is -inf, and exp(-inf + inf) would be NaN
+    some = keep.any(-1, keepdim=True)
+    score = torch.where(keep, score, -torch.inf)
+    top = torch.where(some, score.detach().amax(-1, keepdim=True), 0.0)
+    weight = (score - top).exp()
+    total = weight.sum(-1, keepdim=True)
+    safe = torch.where(some, total, 1.0)
+    lse = torch.where(some, top + safe.log(), -torch.inf)[..., 0]
+    return weight / safe, lse.transpose(1, 2)
+
+
+def chunked(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b s g k"], v: Float[Tensor, "b s g v"], *, pattern: Pattern,
+            segments: Segments | None = None, at: Tensor | None = None, queries: Coords | None = None,
+            keys: Coords | None = None, scale: float | None = None, block: int = BLOCK) -> Partial:
+    """By blocks of keys with a running maximum, memory linear in T; a window by a band, linear in time as well.
+
+    Each step takes `block` keys against all queries that may see them, and the backward pass recomputes the weights
+    from the log-sum-exp ([flashattention-2] Algorithms 1 and 2). The work is quadratic, so that T / block steps are
+    the least for linear memory.
+    """
+    q, k, v, queries, keys = _placed(q, k, v, segments, at, queries, keys)
+    _groups(q, k)
+    if _banded(pattern, k.shape[1]):
+        return _band(q, k, v, pattern, segments, queries, keys, scale, _explicit)
+    wide = accumulator(v.dtype)
+    aligned = pattern.causal and not pattern.prefix and k.shape[1] >= q.shape[1] and q.shape[1] > 1
+    fold = lambda x: rearrange(x.to(wide), "b t (g r) k -> b g r t k", g=k.shape[2])  # noqa: E731
+    line_up = lambda x: rearrange(x.to(wide), "b s g k -> b g s k")  # noqa: E731
+    q_in, k_in, v_in = fold(q) * _scale(q, scale), line_up(k), line_up(v)
+    y, lse = _Online.apply(q_in, k_in, v_in, (pattern, queries, keys, block, aligned))
+    unfold = lambda x: rearrange(x, "b g r t ... -> b t (g r) ...")  # noqa: E731
+    return Partial(unfold(y).to(v.dtype), unfold(lse))
+
+
+def fused(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b s g k"], v: Float[Tensor, "b s g v"], *, pattern: Pattern,
+          segments: Segments | None = None, at: Tensor | None = None, queries: Coords | None = None,
+          keys: Coords | None = None, scale: float | None = None) -> Partial:
+    """By PyTorch's scaled_dot_product_attention, on CPU and CUDA. Returns no log-sum-exp.
+
+    Segments are regrouped into rows of similar length (kernels/rows.py), each bucket one unmasked call; compiled code,
+    where shapes may not depend on data, and explicit coordinates take a mask instead.
+    """
+    _groups(q, k)
+    if keys is None and segments is None and at is None:
+        return Partial(_plain(q, k, v, pattern, scale))
+    if keys is None and segments is not None and not torch.compiler.is_compiling():
+        return Partial(_by_rows(q, k, v, pattern, segments, at, scale))
+    q, k, v, queries, keys = _placed(q, k, v, segments, at, queries, keys)
+    if _banded(pattern, k.shape[1]):
+        return _band(q, k, v, pattern, segments, queries, keys, scale, _sdpa_masked)
+    return _sdpa_masked(q, k, v, pattern, queries, keys, scale)
+
+
+FORMS = {"matrix": matrix, "chunked": chunked, "fused": fused}
+
+
+# Where tokens stand -------------------------------------------------------------------------------------------------
+
+def _placed(q: Tensor, k: Tensor, v: Tensor | None, segments: Segments | None, at: Tensor | None, queries: Coords | None,
+            keys: Coords | None) -> tuple[Tensor, Tensor, Tensor | None, Coords, Coords]:
+    """Coordinates of queries and keys, and the streams with what holds set to 0, by selection."""
+    tokens, stored = q.shape[1], k.shape[1]
+    if keys is None:
+        if segments is not None:
+            if stored != tokens:
+                raise ValueError(f"{tokens} tokens in segments over {stored} keys: give coordinates (queries=, keys=)")
+            queries = keys = packed(segments, at)
+        elif at is not None:
+            queries = keys = line(tokens, q.device)._replace(at=at)
+        else:
+            queries, keys = line(tokens, q.device, stored - tokens), line(stored, q.device)
+    elif queries is None:
+        queries = line(tokens, q.device)
+    hold = lambda x, real: x if real is None or x is None else torch.where(real[:, :, None, None], x, 0.0)  # noqa: E731
+    return hold(q, queries.real), hold(k, keys.real), hold(v, keys.real), queries, keys
+
+
+def _groups(q: Tensor, k: Tensor) -> int:
+    heads, groups = q.shape[2], k.shape[2]
+    if heads % groups:
+        raise ValueError(f"{heads} query heads do not share {groups} key heads evenly; use key heads that divide {heads}")
+    return groups
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+# The online softmax -------------------------------------------------------------------------------------------------
+
+class _Online(torch.autograd.Function):
+    """Streams in the accumulator dtype: q [B, G, R, T, K], scaled; k [B, G, S, K]; v [B, G, S, V]. R queries share a key."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, how: tuple) -> tuple[Tensor, Tensor]:
+        pattern, queries, keys, block, aligned = how
+        y = q.new_zeros(*q.shape[:-1], v.shape[-1])
+        total, top = q.new_zeros(q.shape[:-1]), q.new_full(q.shape[:-1], -torch.inf)
+        for rows, cols in _blocks(q, k, block, aligned):
+            score = _block_scores(q, k, rows, cols, pattern, queries, keys)
+            before = top[..., rows]
+            now = torch.maximum(before, score.amax(-1))
+            # where nothing was visible yet, exp(-inf + inf) would be NaN: any finite maximum does
+            safe = torch.where(now == -torch.inf, 0.0, now)
+            score.sub_(safe.unsqueeze(-1)).exp_()
+            keep = (before - safe).exp()
+            total[..., rows] = keep * total[..., rows] + score.sum(-1)
+            y[..., rows, :] = keep.unsqueeze(-1) * y[..., rows, :] + _by_group(score, v[:, :, cols])
+            top[..., rows] = now
+        some = total > 0
+        y = y / torch.where(some, total, 1.0).unsqueeze(-1)
+        lse = torch.where(some, torch.where(some, top, 0.0) + torch.where(some, total, 1.0).log(), -torch.inf)
+        ctx.save_for_backward(q, k, v, y, lse)
+        ctx.how = how
+        return y, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, dlse: Tensor) -> tuple:
+        q, k, v, y, lse = ctx.saved_tensors
+        pattern, queries, keys, block, aligned = ctx.how
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        safe = torch.where(lse == -torch.inf, 0.0, lse).unsqueeze(-1)
+        # a gradient of the log-sum-exp reaches each score by its weight, as -delta does
+        delta = ((dy * y).sum(-1) - dlse).unsqueeze(-1)
+        for rows, cols in _blocks(q, k, block, aligned):
+            score = _block_scores(q, k, rows, cols, pattern, queries, keys)
+            weight = score.sub_(safe[..., rows, :]).exp_()
+            g = dy[..., rows, :]
+            dv[:, :, cols] += _over_group(weight, g)
+            score = (_by_group(g, v[:, :, cols].transpose(-1, -2)) - delta[..., rows, :]).mul_(weight)
+            dq[..., rows, :] += _by_group(score, k[:, :, cols])
+            dk[:, :, cols] += _over_group(score, q[..., rows, :])
+        return dq, dk, dv, None
+
+
+def _blocks(q: Tensor, k: Tensor, block: int, aligned: bool) -> list[tuple[slice, slice]]:
+    """Slices of queries and keys, one pair a block of keys. Aligned: keys after a query's own are skipped."""
+    tokens, stored = q.shape[-2], k.shape[-2]
+    ahead = stored - tokens
+    return [(slice(max(start - ahead, 0) if aligned else 0, tokens), slice(start, min(start + block, stored)))
+            for start in range(0, stored, block)]
+
+
+def _block_scores(q: Tensor, k: Tensor, rows: slice, cols: slice, pattern: Pattern, queries: Coords, keys: Coords) -> Tensor:
+    """Scores [B, G, R, t, s] of a block, -inf where a key is not seen."""
+    score = _by_group(q[..., rows, :], k[:, :, cols].transpose(-1, -2))
+    mine, theirs = queries.slice(rows.start, rows.stop), keys.slice(cols.start, cols.stop)
+    bias = pattern.bias(mine, theirs, q.dtype)
+    if bias is not None:
+        score += bias.unflatten(1, (-1, q.shape[2])) if bias.shape[1] > 1 else bias.unsqueeze(1)
+    return score.masked_fill_(~pattern.sees(mine, theirs)[:, None, None], -torch.inf)
+
+
+def _by_group(x: Tensor, y: Tensor) -> Tensor:
+    """[B, G, R, t, a] times [B, G, a, b]: one product a group, its R heads as rows."""
+    return (x.flatten(2, 3) @ y).unflatten(2, x.shape[2:4])
+
+
+def _over_group(x: Tensor, y: Tensor) -> Tensor:
+    """[B, G, R, t, a] transposed times [B, G, R, t, b], summed over the R heads of a group."""
+    return x.flatten(2, 3).transpose(-1, -2) @ y.flatten(2, 3)
+
+
+# Windows as a band ---------------------------------------------------------------------------------------------------
+
+def _chunk(window: int) -> tuple[int, int]:
+    """Queries in a chunk, and how many chunks to a side hold every key that they see."""
+    chunk = max(CHUNK, -(-window // 2))
+    return chunk, -(-(window - 1) // chunk)
+
+
+def _banded(pattern: Pattern, stored: int) -> bool:
+    """Whether a window is much narrower than the keys there are."""
+    if pattern.window is None:
+        return False
+    chunk, reach = _chunk(pattern.window)
+    return stored > chunk * (reach * (1 if pattern.causal else 2) + 1)
+
+
+def _band(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, segments: Segments | None, queries: Coords, keys: Coords,
+          scale: float | None, attend: Any) -> Partial:
+    """Chunks of queries as rows, each with the keys of its own and its neighbouring chunks: time and memory O(T window).
+
+    Distance in the tensor bounds distance in position only if no pads stand between, so real tokens are moved
+    together first. `attend(q, k, v, pattern, queries, keys, scale)` computes the rows.
+    """
+    batch, tokens = q.shape[:2]
+    chunk, reach = _chunk(pattern.window)
+    past = k.shape[1] - tokens
+    if segments is not None:
+        source, place = segments.order()
+        own = torch.cat([torch.arange(past, device=q.device).expand(batch, past), source + past], 1)
+        q, k, v, queries, keys = take(q, source), take(k, own), take(v, own), queries.take(source), keys.take(own)
+    # key r stands `reach` chunks before query r: drop or add keys in front, and fill the last chunk
+    left, extra = reach * chunk - past, -tokens % chunk
+    right = extra + (0 if pattern.causal else reach * chunk)
+    size = chunk * (reach * (1 if pattern.causal else 2) + 1)
+    if left < 0:
+        k, v, keys = k[:, -left:], v[:, -left:], keys.slice(-left, k.shape[1])
+        left = 0
+    stand = max(queries.rows, keys.rows)
+    queries, keys = queries.expand(stand), keys.expand(stand)
+    frame = lambda x, a, b: F.pad(x, (0, 0, 0, 0, a, b))  # noqa: E731
+    rows = lambda x: rearrange(frame(x, left, right).unfold(1, size, chunk), "b n h k c -> (b n) c h k")  # noqa: E731
+    q = rearrange(frame(q, 0, extra), "b (n c) h k -> (b n) c h k", c=chunk)
+    y, lse = attend(q, rows(k), rows(v), pattern, queries.pad(0, extra).window(chunk, chunk),
+                    keys.pad(left, right).window(size, chunk), scale)
+    join = lambda x: None if x is None else rearrange(x, "(b n) c ... -> b (n c) ...", b=batch)[:, :tokens]  # noqa: E731
+    y, lse = join(y), join(lse)
+    if segments is not None:
+        y, lse = take(y, place), None if lse is None else take(lse, place)
+    return Partial(y, lse)
+
+
+def _mask(q: Tensor, pattern: Pattern, queries: Coords, keys: Coords, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Kept pairs [B or 1, 1, T, S] and bias [B or 1, H or 1, T, S] or None. Chunks of rows that all stand alike repeat."""
+    keep, bias = pattern.sees(queries, keys)[:, None], pattern.bias(queries, keys, dtype)
+    fit = lambda x: x if x is None or x.shape[0] in (1, q.shape[0]) else x.repeat(q.shape[0] // x.shape[0], 1, 1, 1)  # noqa: E731
+    return fit(keep), fit(bias)
+
+
+def _explicit(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, queries: Coords, keys: Coords, scale: float | None) -> Partial:
+    """Small blocks, scores and all."""
+    wide = accumulator(v.dtype)
+    q_in = rearrange(q.to(wide) * _scale(q, scale), "b t (g r) k -> b g r t k", g=k.shape[2])
+    k_in, v_in = (rearrange(x.to(wide), "b s g k -> b g s k") for x in (k, v))
+    score = _by_group(q_in, k_in.transpose(-1, -2))
+    keep, bias = _mask(q, pattern, queries, keys, wide)
+    if bias is not None:
+        score = score + (bias.unflatten(1, (-1, q_in.shape[2])) if bias.shape[1] > 1 else bias.unsqueeze(1))
+    score = score.masked_fill(~keep.unsqueeze(1), -torch.inf)
+    lse = score.logsumexp(-1, keepdim=True)
+    weight = (score - torch.where(lse == -torch.inf, 0.0, lse)).exp()
+    y = _by_group(weight, v_in)
+    unfold = lambda x: rearrange(x, "b g r t ... -> b t (g r) ...")  # noqa: E731
+    return Partial(unfold(y).to(v.dtype), unfold(lse[..., 0]))
+
+
+# By scaled_dot_product_attention -------------------------------------------------------------------------------------
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """scaled_dot_product_attention with our layout [B, T, H, K]; mask [B or 1, H or 1, T, S], bool or added."""
+    group = q.shape[2] // k.shape[2]
+    if group > 1 and q.is_cuda and (mask is not None or q.dtype not in (torch.float16, torch.bfloat16)):
+        # the CUDA kernels that take masks or wider floats know no grouped heads, and the one left is quadratic in memory
+        k, v, group = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2), 1
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=group > 1)
+    return y.transpose(1, 2)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float | None, real: Tensor | None = None) -> Tensor:
+    """Whole rows of one segment each, the queries last. `real` [B, S] where a dense row has pads at its end."""
+    tokens, stored = q.shape[1], k.shape[1]
+    if pattern.causal and tokens == 1:
+        if pattern.window is not None:
+            k, v = k[:, -pattern.window :], v[:, -pattern.window :]
+        if pattern.slopes is None:
+            return _sdpa(q, k, v, scale)
+        stored = k.shape[1]
+    windowed = pattern.window is not None and pattern.window < stored
+    bare = not windowed and pattern.slopes is None and real is None and not pattern.prefix
+    if bare and (not pattern.causal or tokens == stored):
+        return _sdpa(q, k, v, scale, causal=pattern.causal)
+    keys = line(stored, q.device)._replace(real=real)
+    queries = line(tokens, q.device, stored - tokens)
+    if _banded(pattern, stored):
+        return _band(q, k, v, pattern, None, queries, keys, scale, _sdpa_masked).y
+    return _sdpa_masked(q, k, v, pattern, queries, keys, scale).y
+
+
+def _sdpa_masked(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, queries: Coords, keys: Coords,
+                 scale: float | None) -> Partial:
+    keep, bias = _mask(q, pattern, queries, keys, q.dtype)
+    some = None
+    if queries.real is not None or keys.real is not None:
+        # kernels differ in what they make of a row without keys, so such a row gets all of them and is then set to 0
+        some = keep.any(-1, keepdim=True)
+        keep = keep | ~some
+    y = _sdpa(q, k, v, scale, keep if bias is None else torch.where(keep, bias, -torch.inf))
+    return Partial(y if some is None else torch.where(some.transpose(1, 2), y, 0.0))
+
+
+def _by_rows(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, segments: Segments, at: Tensor | None,
+             scale: float | None) -> Tensor:
+    """Each segment a row of its own, in buckets of similar length: causal rows need no mask."""
+    rows = regroup(segments)
+    if not rows.buckets:
+        return torch.zeros_like(v).repeat_interleave(q.shape[2] // v.shape[2], 2)
+    parts = []
+    for i, (q_in, k_in, v_in) in enumerate(zip(rows.split(q), rows.split(k), rows.split(v), strict=True)):
+        real = rows.buckets[i].real
+        if at is not None:
+            place = line(real.shape[1], q.device)._replace(real=real, at=at.flatten()[rows.buckets[i].index])
+            parts.append(_sdpa_masked(q_in, k_in, v_in, pattern, place, place, scale).y)
+        else:
+            unseen = pattern.causal and not pattern.prefix  # pads stand at the end of a row, after every real query
+            parts.append(_plain(q_in, k_in, v_in, pattern, scale, None if unseen or rows.whole else real))
+    return rows.join(parts)

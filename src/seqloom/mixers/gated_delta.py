@@ -1,0 +1,58 @@
+"""Gated DeltaNet: DeltaNet whose state also decays, by a factor per head and token.
+
+    S_t = a_t (I - b_t k_t k_t') S_{t-1} + b_t k_t v_t'      log a_t = -exp(A_log) softplus(W_a x_t + dt_bias)
+    y_t = W_o (RMSNorm(S_t' q_t) * SiLU(W_g x_t))
+
+The decay clears the whole state at once, the delta rule one key at a time. Everything else is DeltaNet's.
+Source: [deltanet] (Forms, gated variants), [deltaproduct] Method 3.  State: as DeltaNet's, constant in T.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqloom.core import BuildContext
+from seqloom.core.marks import mark
+from seqloom.core.mixer import accumulator
+from seqloom.mixers.delta import DeltaNet, DeltaNetLayer
+from seqloom.parts import linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedDeltaNet(DeltaNet):
+    gate: Literal["none", "silu"] = "silu"
+
+    key: ClassVar[str] = "gated_delta"
+    equation: ClassVar[str] = "S_t = a_t (I - b_t k_t k_t') S_{t-1} + b_t k_t v_t';  y_t = S_t' q_t"
+    source: ClassVar[str] = "deltanet"
+    examples: ClassVar[dict] = {
+        "": dict(heads=2),
+        "neg_eigval": dict(heads=2, key_dim=8, value_dim=12, neg_eigval=True, gate="none", conv=0),
+        "adding": dict(heads=2, erase=False),
+    }
+
+    def build(self, ctx: BuildContext) -> GatedDeltaNetLayer:
+        return GatedDeltaNetLayer(self, ctx)
+
+
+class GatedDeltaNetLayer(DeltaNetLayer):
+    def __init__(self, spec: GatedDeltaNet, ctx: BuildContext):
+        super().__init__(spec, ctx)
+        self.a_proj = linear(ctx.dim, spec.heads)
+        # rates in (0, 16) and steps from 1e-3 to 1e-1, log-uniform: log a_t is rate times step at the start. The lowest
+        # rate is kept off 0, whose logarithm would never move
+        rate = torch.empty(spec.heads).uniform_(1e-2, 16)
+        dt = torch.empty(spec.heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        self.A_log = mark(nn.Parameter(rate.log()), no_decay=True, keep_float32=True)
+        self.dt_bias = mark(nn.Parameter(dt + (-(-dt).expm1()).log()), no_decay=True, keep_float32=True)  # softplus^-1(dt)
+
+    def _log_decay(self, x: Tensor) -> tuple[Tensor, ...]:
+        """log a_t <= 0, [B, T, H] in float32 or wider."""
+        wide = accumulator(x.dtype)
+        return (-self.A_log.to(wide).exp() * F.softplus(self.a_proj(x).to(wide) + self.dt_bias.to(wide)),)
