@@ -18,7 +18,7 @@ BUCKET = (70, 83, 97, 111, 126)  # lengths of one bucket: as many chunks of 64 a
 def one_graph(case: Case, device: str) -> Iterator[Measure]:
     """One compiled graph, no graph break, and no recompilation over 5 lengths of a bucket or 5 steps of decoding.
 
-    The automatic form, traced with dynamic lengths and run as traced (what a backend makes of the graph is its own).
+    The automatic form, traced for training with dynamic lengths and run as traced (what a backend makes of the graph is its own).
     """
     if hasattr(build, "__wrapped__"):
         raise Untested("annotations are being checked at run time, which no compiler traces")
@@ -27,12 +27,14 @@ def one_graph(case: Case, device: str) -> Iterator[Measure]:
     torch._dynamo.reset()  # what other cases compiled counts towards its limit
     counted = Counter()
     run = counted.compile(lambda x, ids: layer(x, info=info(ids))[:2], dynamic=True)
+    for tokens in BUCKET:
+        part, part_ids = x[:, :tokens].clone().requires_grad_(), ids[:, :tokens].clone()
+        got, want = run(part, part_ids)[0], layer(part, info=info(part_ids)).y
+        yield Measure(f"T={tokens}, compiled against eager", gap(got, want), 1e-12)
+        slopes = [torch.autograd.grad((y * part.detach()).sum(), part)[0] for y in (got, want)]
+        yield Measure(f"T={tokens}, compiled against eager, gradient", gap(*slopes), 1e-12)
+    yield Measure(f"graphs for lengths {BUCKET}", counted.graphs, 1)
     with torch.no_grad():
-        for tokens in BUCKET:
-            part, part_ids = x[:, :tokens].clone(), ids[:, :tokens].clone()
-            want = layer(part, info=info(part_ids)).y
-            yield Measure(f"T={tokens}, compiled against eager", gap(run(part, part_ids)[0], want), 1e-12)
-        yield Measure(f"graphs for lengths {BUCKET}", counted.graphs, 1)
         if not case.spec.streams:
             return
         counted = Counter()

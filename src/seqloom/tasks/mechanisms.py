@@ -1,0 +1,60 @@
+"""Tests of a mechanism on its own: no model, no training; an arm is a rule, and a measurement takes milliseconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from seqloom.core import scan
+from seqloom.kernels import decay_scan, delta_scan
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryRule:
+    """How a [K, V] memory takes a write: with erasure (the delta rule) or by addition, after a decay."""
+
+    erase: bool = False
+    decay: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverwriteRecall:
+    """A memory of random unit keys; each key's value is read back by the nearest of 64 codewords.
+
+        write k1 v7, k2 v3, ..., then k1 v2, k2 v9, ...; read k1 -> v2
+
+    Every key is written `times` times with different values, the newest is wanted. Score: the share read back right, over
+    `repeats` memories, one score per number of keys ("at_16_keys"), "score" their mean. Chance: 1 / 64. Optimum: 1.
+    Source: [deltanet] Works when 6.
+    """
+
+    keys: tuple[int, ...] = (16, 32)
+    times: int = 2
+    dim: int = 64
+    values: int = 64
+    repeats: int = 20
+
+    def measure(self, rule: MemoryRule, seed: int) -> Mapping[str, float]:
+        scores = {f"at_{count}_keys": self._share(rule, count, seed) for count in self.keys}
+        return {"score": sum(scores.values()) / len(scores), **scores}
+
+    def _share(self, rule: MemoryRule, count: int, seed: int) -> float:
+        make = torch.Generator().manual_seed(seed)
+        unit = lambda *shape: F.normalize(torch.randn(*shape, generator=make, dtype=torch.float64), dim=-1)  # noqa: E731
+        keys, book = unit(self.repeats, count, self.dim), unit(self.values, self.dim)
+        wanted = torch.stack([torch.randperm(self.values, generator=make)[: self.times] for _ in range(self.repeats * count)])
+        wanted = wanted.unflatten(0, (self.repeats, count))
+        k = keys.repeat(1, self.times, 1)[:, :, None]  # [b t 1 k]
+        v = book[wanted.transpose(1, 2).flatten(1)][:, :, None]
+        state = torch.zeros(self.repeats, 1, self.dim, self.dim, dtype=torch.float64)
+        log_a = torch.full(k.shape[:3], math.log(rule.decay), dtype=torch.float64)
+        if rule.erase:
+            _, state, _ = scan(delta_scan.step, k, k, v, torch.ones_like(log_a), log_a, state=state)
+        else:
+            _, state, _ = scan(decay_scan.step, k, k, v, log_a, state=state)
+        read = torch.einsum("bck,bkv->bcv", keys, state[:, 0])
+        return float((torch.einsum("bcv,nv->bcn", read, book).argmax(-1) == wanted[..., -1]).double().mean())
