@@ -33,7 +33,8 @@ from seqloom.core.segments import Segments
 from seqloom.kernels.merge import Partial
 from seqloom.kernels.rows import regroup, take
 
-BLOCK = 512  # keys a step of the online softmax
+BLOCK = 128  # keys a step of the online softmax: small enough that causal blocks skip most of what is not seen
+SCORES = 1 << 17  # scores a row and head in one step, where there are few queries
 CHUNK = 64   # least number of queries in a chunk of a banded window
 
 
@@ -190,25 +191,18 @@ def weights(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b s g k"], *, pattern
 
 def chunked(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b s g k"], v: Float[Tensor, "b s g v"], *, pattern: Pattern,
             segments: Segments | None = None, at: Tensor | None = None, queries: Coords | None = None,
-            keys: Coords | None = None, scale: float | None = None, block: int = BLOCK) -> Partial:
+            keys: Coords | None = None, scale: float | None = None, block: int | None = None) -> Partial:
     """By blocks of keys with a running maximum, memory linear in T; a window by a band, linear in time as well.
 
     Each step takes `block` keys against all queries that may see them, and the backward pass recomputes the weights
-    from the log-sum-exp ([flashattention-2] Algorithms 1 and 2). The work is quadratic, so that T / block steps are
-    the least for linear memory.
+    from the log-sum-exp ([flashattention-2] Algorithms 1 and 2). The work is quadratic, so the number of steps must
+    grow with T for memory to be linear. block None: 128, or more where there are few queries.
     """
     q, k, v, queries, keys = _placed(q, k, v, segments, at, queries, keys)
     _groups(q, k)
     if _banded(pattern, k.shape[1]):
-        return _band(q, k, v, pattern, segments, queries, keys, scale, _explicit)
-    wide = accumulator(v.dtype)
-    aligned = pattern.causal and not pattern.prefix and k.shape[1] >= q.shape[1] and q.shape[1] > 1
-    fold = lambda x: rearrange(x.to(wide), "b t (g r) k -> b g r t k", g=k.shape[2])  # noqa: E731
-    line_up = lambda x: rearrange(x.to(wide), "b s g k -> b g s k")  # noqa: E731
-    q_in, k_in, v_in = fold(q) * _scale(q, scale), line_up(k), line_up(v)
-    y, lse = _Online.apply(q_in, k_in, v_in, (pattern, queries, keys, block, aligned))
-    unfold = lambda x: rearrange(x, "b g r t ... -> b t (g r) ...")  # noqa: E731
-    return Partial(unfold(y).to(v.dtype), unfold(lse))
+        return _band(q, k, v, pattern, segments, queries, keys, scale, _online)
+    return _online(q, k, v, pattern, queries, keys, scale, block)
 
 
 def fused(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b s g k"], v: Float[Tensor, "b s g v"], *, pattern: Pattern,
@@ -267,6 +261,19 @@ def _scale(q: Tensor, scale: float | None) -> float:
 
 # The online softmax -------------------------------------------------------------------------------------------------
 
+def _online(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, queries: Coords, keys: Coords, scale: float | None,
+            block: int | None = None) -> Partial:
+    wide, tokens = accumulator(v.dtype), q.shape[1]
+    aligned = pattern.causal and not pattern.prefix and k.shape[1] >= tokens > 1
+    block = block or max(BLOCK, SCORES // tokens if tokens <= BLOCK else 0)
+    fold = lambda x: rearrange(x.to(wide), "b t (g r) k -> b g r t k", g=k.shape[2])  # noqa: E731
+    line_up = lambda x: rearrange(x.to(wide), "b s g k -> b g s k")  # noqa: E731
+    q_in, k_in, v_in = fold(q) * _scale(q, scale), line_up(k), line_up(v)
+    y, lse = _Online.apply(q_in, k_in, v_in, (pattern, queries, keys, block, aligned))
+    unfold = lambda x: rearrange(x, "b g r t ... -> b t (g r) ...")  # noqa: E731
+    return Partial(unfold(y).to(v.dtype), unfold(lse))
+
+
 class _Online(torch.autograd.Function):
     """Streams in the accumulator dtype: q [B, G, R, T, K], scaled; k [B, G, S, K]; v [B, G, S, V]. R queries share a key."""
 
@@ -324,11 +331,17 @@ def _blocks(q: Tensor, k: Tensor, block: int, aligned: bool) -> list[tuple[slice
 def _block_scores(q: Tensor, k: Tensor, rows: slice, cols: slice, pattern: Pattern, queries: Coords, keys: Coords) -> Tensor:
     """Scores [B, G, R, t, s] of a block, -inf where a key is not seen."""
     score = _by_group(q[..., rows, :], k[:, :, cols].transpose(-1, -2))
-    mine, theirs = queries.slice(rows.start, rows.stop), keys.slice(cols.start, cols.stop)
-    bias = pattern.bias(mine, theirs, q.dtype)
+    keep, bias = _mask(pattern, queries.slice(rows.start, rows.stop), keys.slice(cols.start, cols.stop), q.shape[0], q.dtype)
     if bias is not None:
         score += bias.unflatten(1, (-1, q.shape[2])) if bias.shape[1] > 1 else bias.unsqueeze(1)
-    return score.masked_fill_(~pattern.sees(mine, theirs)[:, None, None], -torch.inf)
+    return score.masked_fill_(~keep.unsqueeze(1), -torch.inf)
+
+
+def _mask(pattern: Pattern, queries: Coords, keys: Coords, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Kept pairs [B or 1, 1, T, S] and bias [B or 1, H or 1, T, S] or None. Chunks of rows that all stand alike repeat."""
+    keep, bias = pattern.sees(queries, keys)[:, None], pattern.bias(queries, keys, dtype)
+    fit = lambda x: x if x is None or x.shape[0] in (1, rows) else x.repeat(rows // x.shape[0], 1, 1, 1)  # noqa: E731
+    return fit(keep), fit(bias)
 
 
 def _by_group(x: Tensor, y: Tensor) -> Tensor:
@@ -392,30 +405,6 @@ def _band(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, segments: Segments 
     return Partial(y, lse)
 
 
-def _mask(q: Tensor, pattern: Pattern, queries: Coords, keys: Coords, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Kept pairs [B or 1, 1, T, S] and bias [B or 1, H or 1, T, S] or None. Chunks of rows that all stand alike repeat."""
-    keep, bias = pattern.sees(queries, keys)[:, None], pattern.bias(queries, keys, dtype)
-    fit = lambda x: x if x is None or x.shape[0] in (1, q.shape[0]) else x.repeat(q.shape[0] // x.shape[0], 1, 1, 1)  # noqa: E731
-    return fit(keep), fit(bias)
-
-
-def _explicit(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, queries: Coords, keys: Coords, scale: float | None) -> Partial:
-    """Small blocks, scores and all."""
-    wide = accumulator(v.dtype)
-    q_in = rearrange(q.to(wide) * _scale(q, scale), "b t (g r) k -> b g r t k", g=k.shape[2])
-    k_in, v_in = (rearrange(x.to(wide), "b s g k -> b g s k") for x in (k, v))
-    score = _by_group(q_in, k_in.transpose(-1, -2))
-    keep, bias = _mask(q, pattern, queries, keys, wide)
-    if bias is not None:
-        score = score + (bias.unflatten(1, (-1, q_in.shape[2])) if bias.shape[1] > 1 else bias.unsqueeze(1))
-    score = score.masked_fill(~keep.unsqueeze(1), -torch.inf)
-    lse = score.logsumexp(-1, keepdim=True)
-    weight = (score - torch.where(lse == -torch.inf, 0.0, lse)).exp()
-    y = _by_group(weight, v_in)
-    unfold = lambda x: rearrange(x, "b g r t ... -> b t (g r) ...")  # noqa: E731
-    return Partial(unfold(y).to(v.dtype), unfold(lse[..., 0]))
-
-
 # By scaled_dot_product_attention -------------------------------------------------------------------------------------
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -451,7 +440,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float | Non
 
 def _sdpa_masked(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, queries: Coords, keys: Coords,
                  scale: float | None) -> Partial:
-    keep, bias = _mask(q, pattern, queries, keys, q.dtype)
+    keep, bias = _mask(pattern, queries, keys, q.shape[0], q.dtype)
     some = None
     if queries.real is not None or keys.real is not None:
         # kernels differ in what they make of a row without keys, so such a row gets all of them and is then set to 0

@@ -20,11 +20,14 @@ from torch import Tensor
 
 from seqloom.core import BuildContext, Info, Memory, Mixer, Placement, Segments, Spec
 from seqloom.core.context import split
+from seqloom.core.forms import run
 from seqloom.kernels import softmax
 from seqloom.kernels.rows import take
 from seqloom.kernels.softmax import Coords, Pattern
 from seqloom.parts import RMSNorm, linear
 from seqloom.parts.positions import LinearScaling, Llama3Scaling, Rope, YarnScaling, alibi_slopes, rotate, rotate_qkv
+
+LONG_BIAS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +189,15 @@ class SoftmaxAttentionLayer(Mixer):
         """Within this call. Distances follow from the order of tokens unless positions were given."""
         given = at if info.positions is not None else None
         return self.run(q, k, v, pattern=self.pattern, segments=segments, at=given, scale=self.spec.scale).y
+
+    def run(self, *streams: Tensor, **options: Any) -> Any:
+        """The form in force. A distance bias over all pairs is T x T numbers a head to the fused form on the CPU, and
+        the blocks that make it as they go are faster from about a thousand tokens on."""
+        q = streams[0]
+        blocks = self.pattern.slopes is not None and self.spec.window is None and q.shape[1] >= LONG_BIAS
+        blocks = blocks and q.device.type == "cpu" and not torch.compiler.is_compiling()
+        return run(self.spec.forms, *streams, name=self.spec.name(), layer_form=self.form,
+                   prefer=("chunked",) if blocks else self.spec.prefer, **options)
 
     # -- the cache ----------------------------------------------------------------------------------------------
     def empty(self, batch: int, capacity: int | None, dtype: torch.dtype, device: Any) -> Cells:
