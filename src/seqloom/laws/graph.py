@@ -18,7 +18,8 @@ BUCKET = (70, 83, 97, 111, 126)  # lengths of one bucket: as many chunks of 64 a
 def one_graph(case: Case, device: str) -> Iterator[Measure]:
     """One compiled graph, no graph break, and no recompilation over 5 lengths of a bucket or 5 steps of decoding.
 
-    The automatic form, traced for training with dynamic lengths and run as traced (what a backend makes of the graph is its own).
+    The automatic form, traced for training with dynamic lengths and run as traced: what a backend makes of a graph is
+    its own affair.
     """
     if hasattr(build, "__wrapped__"):
         raise Untested("annotations are being checked at run time, which no compiler traces")
