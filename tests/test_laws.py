@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from seqloom.core import BadInput
-from seqloom.laws import LAWS, LawResult, apply, cases, observe, run_laws, table, write_table
+from seqloom.laws import LAWS, LawResult, apply, cases, observe, run_laws, summary, table, write_table
 from seqloom.laws.cases import WIDTH, build, draw, info
 from seqloom.laws.streaming import in_pieces
 
@@ -144,6 +144,11 @@ def test_table_shows_every_verdict(tmp_path):
     assert re.search(r"\| packing \| \*\*no\*\* 0.3 \|", text)
     assert "- lacks, future, linear: a stated reason" in text
     assert "| resume | – |" in text and "| `linear` | 1.2 |" in text
+    assert [result.failed for result in results] == [False, True, False, False]
+    said = summary(results).splitlines()
+    assert said[0].startswith("linear       1 laws hold; lacks future: a stated reason")
+    assert said[1].startswith("linear-conv  0 laws hold, 1 FAIL") and said[2].endswith("FAILS packing: y: 0.3 <= 1e-10")
+    assert said[3] == "1 of 3 hold, on 2 examples of 1 mixers; 1 do not apply"
     path = tmp_path / "docs" / "laws.md"
     write_table(results, path, measure=False)
     assert path.read_text(encoding="utf-8") == table(results)

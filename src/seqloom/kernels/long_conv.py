@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
-from jaxtyping import Bool, Complex, Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from seqloom.core.mixer import accumulator
@@ -119,9 +119,8 @@ def _by_halves(u: Float[Tensor, "b t d"], k: Float[Tensor, "d l"], segments: Seg
     run = torch.cat([run, run[:, -1:].expand(-1, size - tokens)], 1)[:, None]
     k = F.pad(k, (0, max(size - k.shape[1], 0)))
     small = min(CHUNK, size)
-    y = rearrange(x, "b d (m c) -> d m b c", c=small)
-    y = _masked_toeplitz(y, k[:, :small], rearrange(run[:, 0], "b (m c) -> m b c", c=small))
-    y = rearrange(y, "d m b c -> b d (m c)")
+    y = _masked_toeplitz(rearrange(x, "b d (m r) -> d (b m) r", r=small), k[:, :small], run.reshape(-1, small))
+    y = rearrange(y, "d (b m) r -> b d (m r)", b=u.shape[0])
     half = small
     while half < size:
         first, second = x.unflatten(-1, (-1, 2, half)).unbind(-2)
@@ -214,7 +213,7 @@ def chunked(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor, c: Tensor, s
     the states over chunks. With `delay=1` a token reads the state before its own write (the second direction of a
     bidirectional pass). chunk: a power of two.
     """
-    tokens, wide = u.shape[1], accumulator(u.dtype)
+    (batch, tokens, _), wide = u.shape, accumulator(u.dtype)
     size = 1
     while size < min(tokens, chunk):
         size *= 2
@@ -225,28 +224,28 @@ def chunked(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor, c: Tensor, s
         u = take(segments.hold(u), source)
         run = rearrange(torch.cat([run, run[:, -1:].expand(-1, extra)], 1), "b (m r) -> m b r", r=size)
     with _full_precision(u):
-        x = rearrange(F.pad(u.to(wide), (0, 0, 0, extra)), "b (m r) d -> d m b r", r=size)
+        x = rearrange(F.pad(u.to(wide), (0, 0, 0, extra)), "b (m r) d -> d (m b) r", r=size)
         power = _powers(log_a, size + 1)
         write, read = _pairs(b[..., None] * power[..., :size].flip(-1)), _rows(c[..., None] * power)
         k = (torch.view_as_real(b).flatten(-2)[:, None] @ read[..., : size - delay])[:, 0]
         k = F.pad(k, (delay, 0))
 
-        entering = reads = alive = None
-        kept, decay = x, power[:, None, None, :, size]
+        entering, kept, decay = None, x, power[:, None, None, :, size]
         if run is not None:
             last = run[..., -1]
-            entering = F.pad(last, (0, 0, 1, 0))[:-1]  # the count of boundaries before each chunk
-            reads, alive = run == entering[..., None], (last == entering)[..., None]
-            kept = torch.where(run == last[..., None], x, 0.0)
-            decay = torch.where(alive, decay, 0.0)
+            entering = F.pad(last, (0, 0, 1, 0))[:-1]  # the count of boundaries before each chunk, [m b]
+            kept = torch.where((run == last[..., None]).flatten(0, 1), x, 0.0)
+            decay = torch.where((last == entering)[..., None], decay, 0.0)
         start = (_nothing(u, log_a) if state is None else state).transpose(0, 1)
-        before, _ = carry(decay.expand(-1, x.shape[1], -1, -1), _batched(kept, write, complex=True), _complex(start))
-        y = _batched(torch.view_as_real(before).flatten(-2), read[..., 1 - delay : size + 1 - delay])
+        writes = rearrange(_columns(kept @ write), "d (m b) n -> d m b n", b=batch)
+        before, _ = carry(decay.expand(-1, writes.shape[1], -1, -1), writes, _complex(start))
+        y = rearrange(torch.view_as_real(before), "d m b n two -> d (m b) (n two)") @ read[..., 1 - delay : size + 1 - delay]
         if run is None:
-            y = y + _batched(x, _triangle(k))
+            y = torch.baddbmm(y, x, _triangle(k))
         else:
-            y = torch.where(reads, y, 0.0) + _masked_toeplitz(x, k, run)
-        y = rearrange(y, "d m b r -> b (m r) d")[:, :tokens].to(u.dtype)
+            y = torch.where((run == entering[..., None]).flatten(0, 1), y, 0.0)
+            y = y + _masked_toeplitz(x, k, run.flatten(0, 1))
+        y = rearrange(y, "d (m b) r -> b (m r) d", b=batch)[:, :tokens].to(u.dtype)
         final = _final(x, before, run, entering, write, power, segments, tokens, state)
     return Mixed(y if segments is None else segments.hold(take(y, place)), final)
 
@@ -274,41 +273,43 @@ def _readout(h: Complex[Tensor, "b d n"], tokens: int, *, log_a: Tensor, c: Tens
     size = min(CHUNK, tokens)
     many = -(-tokens // size)
     near = _rows(c[..., None] * _powers(log_a, size + first)[..., first:])
-    far = einsum(_powers(log_a * size, many), h, "d n m, b d n -> d m b n")
-    return rearrange(_batched(torch.view_as_real(far).flatten(-2), near), "d m b r -> b (m r) d")[:, :tokens]
+    far = torch.view_as_real(einsum(h, _powers(log_a * size, many), "b d n, d n m -> d b m n"))
+    y = rearrange(far, "d b m n two -> d (b m) (n two)") @ near
+    return rearrange(y, "d (b m) r -> b (m r) d", m=many)[:, :tokens]
 
 
 def _summary(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor) -> Float[Tensor, "b d n 2"]:
     """The state after T tokens from nothing: sum_t Abar^(T-1-t) b u_t."""
     tokens = u.shape[1]
     size = min(CHUNK, tokens)
-    extra = -tokens % size
-    x = rearrange(F.pad(u.to(log_a.real.dtype), (0, 0, extra, 0)), "b (m r) d -> d m b r", r=size)
+    many = -(-tokens // size)
+    x = F.pad(u.to(log_a.real.dtype), (0, 0, many * size - tokens, 0))
+    x = rearrange(x, "b (m r) d -> d (b m) r", r=size)
     write = _pairs(b[..., None] * _powers(log_a, size).flip(-1))
-    part = _batched(x, write, complex=True)
-    far = _powers(log_a * size, part.shape[1]).flip(-1)
-    return torch.view_as_real(einsum(part, far, "d m b n, d n m -> b d n"))
+    part = rearrange(_columns(x @ write), "d (b m) n -> d b m n", m=many)
+    far = _powers(log_a * size, many).flip(-1)
+    return torch.view_as_real(einsum(part, far, "d b m n, d n m -> b d n"))
 
 
-def _final(x: Float[Tensor, "d m b r"], before: Complex[Tensor, "d m b n"], run: Tensor | None, entering: Tensor | None,
-           write: Tensor, power: Tensor, segments: Segments | None, tokens: int, state: Tensor | None) -> Tensor:
+def _final(x: Float[Tensor, "d mb r"], before: Complex[Tensor, "d m b n"], run: Int[Tensor, "m b r"] | None,
+           entering: Int[Tensor, "m b"] | None, write: Float[Tensor, "d r 2n"], power: Complex[Tensor, "d n l"],
+           segments: Segments | None, tokens: int, state: Tensor | None) -> Float[Tensor, "b d n 2"]:
     """The state after each row's last real token: the state that enters that token's chunk, and the writes up to it."""
-    size = x.shape[-1]
+    size, (many, batch) = x.shape[-1], before.shape[1:3]
     if run is None:
-        left = tokens - (x.shape[1] - 1) * size  # tokens in the last chunk
-        h = power[:, None, :, left] * before[:, -1]
-        h = h + _batched(x[:, -1:, :, :left], write[:, size - left :], complex=True)[:, 0]
-        return torch.view_as_real(h.transpose(0, 1))
+        left = tokens - (many - 1) * size  # tokens in the last chunk
+        h = _columns(x[:, -batch:, :left] @ write[:, size - left :])
+        return torch.view_as_real((h + power[:, None, :, left] * before[:, -1]).transpose(0, 1))
     count = segments.real.sum(1)
     mine = (count - 1).clamp(min=0) // size
     left = count - mine * size  # 1 .. size; 0 where the row holds no token
-    row = torch.arange(count.shape[0], device=count.device)
+    row = torch.arange(batch, device=count.device)
     last = run[-1, :, -1]
-    # tokens of the chunk moved to its end, so that the one before the last has power 1
+    # tokens of the chunk moved to its end, so that the last one has power 0
     at = torch.arange(size, device=count.device) - size + left[:, None]
     here = (at >= 0) & (run[mine, row].gather(1, at.clamp(min=0)) == last[:, None])
-    line = x[:, mine, row].gather(-1, at.clamp(min=0).expand(x.shape[0], -1, -1))
-    h = _batched(torch.where(here, line, 0.0)[:, None], write, complex=True)[:, 0]  # [d b n]
+    line = x[:, mine * batch + row].gather(-1, at.clamp(min=0).expand(x.shape[0], -1, -1))
+    h = _columns(torch.where(here, line, 0.0) @ write)  # [d b n]
     goes_on = (last == entering[mine, row])[:, None]
     h = h + torch.where(goes_on, power.permute(0, 2, 1)[:, left] * before[:, mine, row], 0.0)
     h = torch.view_as_real(h.transpose(0, 1))
@@ -316,20 +317,20 @@ def _final(x: Float[Tensor, "d m b r"], before: Complex[Tensor, "d m b n"], run:
     return torch.where((count > 0)[:, None, None, None], h, old)
 
 
-def _masked_toeplitz(x: Float[Tensor, "d m b r"], k: Float[Tensor, "d r"], run: Int[Tensor, "m b r"]) -> Tensor:
+def _masked_toeplitz(x: Float[Tensor, "d m r"], k: Float[Tensor, "d r"], run: Int[Tensor, "m r"]) -> Float[Tensor, "d m r"]:
     """The causal product inside chunks, between tokens of one run only: blocks joined pairwise as in `_by_halves`."""
-    size = x.shape[-1]
-    y = x * k[:, None, None, :1]
+    channels, size = k.shape
+    y = x * k[:, None, :1]
     half = 1
     while half < size:
-        first, second = x.unflatten(-1, (-1, 2, half)).unbind(-2)
-        run_1, run_2 = run.unflatten(-1, (-1, 2, half)).unbind(-2)
-        middle = run_1[..., -1:]
+        first = x.reshape(channels, -1, 2, half)[:, :, 0]
+        run_1, run_2 = run.reshape(-1, 2, half).unbind(-2)
+        middle = run_1[:, -1:]
         # token j of the first half and i of the second are half + i - j apart
         weight = k[:, 1 : 2 * half].unfold(-1, half, 1).flip(1)
-        joined = _batched(torch.where(run_1 == middle, first, 0.0), weight)
+        joined = torch.where(run_1 == middle, first, 0.0) @ weight
         joined = torch.where(run_2 == middle, joined, 0.0)
-        y = y + torch.stack([torch.zeros_like(second), joined], -2).flatten(-3)
+        y = y + torch.stack([torch.zeros_like(joined), joined], -2).reshape(x.shape)
         half *= 2
     return y
 
@@ -338,12 +339,6 @@ def _triangle(k: Float[Tensor, "d r"]) -> Float[Tensor, "d r r"]:
     """[j, i] = k_{i-j}, 0 where i < j: a window sliding over the kernel with zeros before it."""
     size = k.shape[-1]
     return F.pad(k, (size - 1, 0)).unfold(-1, size, 1).flip(1)
-
-
-def _batched(x: Float[Tensor, "d ... r"], weight: Float[Tensor, "d r s"], complex: bool = False) -> Tensor:
-    """x @ weight for every channel d, as one batched matrix product; `complex` joins pairs of the result."""
-    y = (x.flatten(1, -2) @ weight).unflatten(1, x.shape[1:-1])
-    return torch.view_as_complex(y.unflatten(-1, (-1, 2))) if complex else y
 
 
 def _powers(log_a: Complex[Tensor, "d n"], count: int) -> Complex[Tensor, "d n l"]:
@@ -379,8 +374,13 @@ def _nothing(u: Tensor, log_a: Tensor) -> Float[Tensor, "b d n 2"]:
     return torch.zeros(u.shape[0], *log_a.shape, 2, dtype=log_a.real.dtype, device=u.device)
 
 
-def _complex(state: Float[Tensor, "b d n 2"]) -> Complex[Tensor, "b d n"]:
-    return torch.view_as_complex(state.contiguous())
+def _complex(pairs: Float[Tensor, "... n 2"]) -> Complex[Tensor, "... n"]:
+    return torch.view_as_complex(pairs.contiguous())
+
+
+def _columns(x: Float[Tensor, "d r 2n"]) -> Complex[Tensor, "d r n"]:
+    """Complex numbers of neighbouring columns, as products with `_pairs` leave them."""
+    return _complex(x.unflatten(-1, (-1, 2)))
 
 
 def _full_precision(u: Tensor) -> torch.autocast:
@@ -388,5 +388,5 @@ def _full_precision(u: Tensor) -> torch.autocast:
     return torch.autocast(u.device.type, enabled=False)
 
 
-__all__ = ["chunked", "chunked_bidirectional", "convolve", "kernel", "matrix", "parallel", "parallel_bidirectional", "recurrent",
-           "step", "toeplitz"]
+__all__ = ["chunked", "chunked_bidirectional", "convolve", "kernel", "matrix", "parallel", "parallel_bidirectional",
+           "recurrent", "step", "toeplitz"]

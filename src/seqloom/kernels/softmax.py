@@ -231,7 +231,10 @@ FORMS = {"matrix": matrix, "chunked": chunked, "fused": fused}
 
 def _placed(q: Tensor, k: Tensor, v: Tensor | None, segments: Segments | None, at: Tensor | None, queries: Coords | None,
             keys: Coords | None) -> tuple[Tensor, Tensor, Tensor | None, Coords, Coords]:
-    """Coordinates of queries and keys, and the streams with what holds set to 0, by selection."""
+    """Coordinates of queries and keys, and the streams with what holds set to 0, by selection.
+
+    Keys with coordinates of their own were held when they were stored: they are finite, and not copied again here.
+    """
     tokens, stored = q.shape[1], k.shape[1]
     if keys is None:
         if segments is not None:
@@ -242,10 +245,12 @@ def _placed(q: Tensor, k: Tensor, v: Tensor | None, segments: Segments | None, a
             queries = keys = line(tokens, q.device)._replace(at=at)
         else:
             queries, keys = line(tokens, q.device, stored - tokens), line(stored, q.device)
-    elif queries is None:
-        queries = line(tokens, q.device)
-    hold = lambda x, real: x if real is None or x is None else torch.where(real[:, :, None, None], x, 0.0)  # noqa: E731
-    return hold(q, queries.real), hold(k, keys.real), hold(v, keys.real), queries, keys
+    else:
+        queries = line(tokens, q.device) if queries is None else queries
+        return q if segments is None else segments.hold(q), k, v, queries, keys
+    if segments is not None:
+        q, k, v = segments.hold(q), segments.hold(k), None if v is None else segments.hold(v)
+    return q, k, v, queries, keys
 
 
 def _groups(q: Tensor, k: Tensor) -> int:

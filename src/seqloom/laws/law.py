@@ -82,6 +82,10 @@ class LawResult:
     def case(self) -> str:
         return f"{self.mixer}-{self.example}" if self.example else self.mixer
 
+    @property
+    def failed(self) -> bool:
+        return self.verdict == "fail"
+
     def __str__(self) -> str:
         shown = f" ({self.what}: {self.value:.3g}, limit {self.limit:.3g})" if self.value is not None else ""
         return f"{self.case}, {self.law}, {self.device}: {self.verdict}{shown}{': ' + self.reason if self.reason else ''}"

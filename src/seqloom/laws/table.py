@@ -79,6 +79,27 @@ def write_table(results: Iterable[LawResult], path: str | Path, *, measure: bool
     path.write_text(text, encoding="utf-8")
 
 
+def summary(results: Iterable[LawResult]) -> str:
+    """For the terminal: one line per case with what holds, what does not apply and why, and every failure in full."""
+    lines = []
+    by_case: dict[str, list[LawResult]] = {}
+    for result in results:
+        by_case.setdefault(result.case, []).append(result)
+    width = max(map(len, by_case), default=0)
+    for name, rows in by_case.items():
+        count = {verdict: sum(row.verdict == verdict for row in rows) for verdict in ("pass", "fail", "lacks", "untested")}
+        said = f"{count['pass']} laws hold" + (f", {count['fail']} FAIL" if count["fail"] else "")
+        out = [row for row in rows if row.verdict in ("lacks", "untested")]
+        said += "".join(f"; {row.verdict} {row.law}: {row.reason}" for row in out)
+        lines.append(f"{name:<{width}}  {said}  ({sum(row.seconds for row in rows):.1f} s)")
+        lines += [f"{'':<{width}}  FAILS {row.law}: {row.reason}" for row in rows if row.failed]
+    rows = [row for rows in by_case.values() for row in rows]
+    apply = [row for row in rows if row.verdict != "not applicable"]
+    lines.append(f"{sum(row.verdict == 'pass' for row in rows)} of {len(apply)} hold, on {len(by_case)} examples of "
+                 f"{len({row.mixer for row in rows})} mixers; {len(rows) - len(apply)} do not apply")
+    return "\n".join(lines)
+
+
 def _summary(found: Mapping[str, list[LawResult]]) -> list[str]:
     """Mixer by device: how many laws hold over all of a mixer's examples."""
     mixers = dict.fromkeys(result.mixer for rows in found.values() for result in rows)

@@ -155,20 +155,21 @@ class SoftmaxAttentionLayer(Mixer):
             self.rope = Rope(self.head, theta=spec.rope_theta, fraction=spec.rope_fraction, scaling=spec.rope_scaling)
 
     def mix(self, x: Tensor, cells: Cells | None, place: Placement, info: Info, donate: bool) -> tuple[Tensor, Any, dict]:
-        fresh = cells is None and place.segments is None and info.positions is None
+        segments = _needed(place.segments)
+        fresh = cells is None and segments is None and info.positions is None
         # rows that all start at 0 share one table of angles
         positions = torch.arange(x.shape[1], device=x.device) if fresh else place.positions
         q, k, v = self._streams(x, positions)
         at = None if self.pattern.slopes is None else place.positions
         if not self.spec.streams:
-            y, new = self._attend(q, k, v, place.segments, at, info), None
+            y, new = self._attend(q, k, v, segments, at, info), None
         elif cells is None:
-            y = self._attend(q, k, v, place.segments, at, info)
-            new = self._begin(k.to(x.dtype), v.to(x.dtype), at, place.segments)
-        elif isinstance(cells, Full) and place.segments is None:
+            y = self._attend(q, k, v, segments, at, info)
+            new = self._begin(k.to(x.dtype), v.to(x.dtype), at, segments)
+        elif isinstance(cells, Full) and segments is None:
             y, new = self._append(q, k, v, at, cells)
         else:
-            y, new = self._continue(q, k, v, at, cells, place.segments, info, donate)
+            y, new = self._continue(q, k, v, at, cells, segments, info, donate)
         return self.out(y.flatten(2)), new, {}
 
     def _streams(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,29 +239,30 @@ class SoftmaxAttentionLayer(Mixer):
                   info: Info, donate: bool) -> tuple[Tensor, Cells]:
         tokens = k.shape[1]
         written = _ranks(cells, segments, tokens)
-        used = self._used(cells, written)
+        used, level = self._used(cells, written)
         # a ring's past is copied out before it is overwritten
         past = None if tokens == 1 or used == 0 else self._past(cells, used)
         grown = cells
         if not isinstance(cells, Slots):
             # new slots at the end are a copy anyway, and may be written in place
-            grown = Ragged(*map(lambda x: _lengthen(x, tokens), cells[:3]), cells.count, cells.start)
+            grown = Ragged(*(_lengthen(old, tokens) for old in cells[:3]), cells.count, cells.start)
         new = self._write(grown, k, v, at, segments, written, in_place=donate or grown is not cells)
         if tokens == 1:
             # the one query stands last: whatever is in the cache after it was written precedes it or is it
-            y = self._read(q, new, None if used is None else used + 1, at)
-        elif past is None:
-            y = self._attend(q, k, v, segments, at, info)
-        else:
+            return self._read(q, new, None if used is None else used + 1, at, level), new
+        if past is None:
+            return self._attend(q, k, v, segments, at, info), new
+        keys = queries = None
+        if at is not None or segments is not None or self.spec.window is not None or not level:
             real = None if segments is None else segments.real
             keys = softmax.cat(past[2], Coords(written.rank - written.first, written.first, real, at))
             queries = keys.slice(keys.position.shape[1] - tokens, keys.position.shape[1])
-            k, v = torch.cat([past[0].to(q.dtype), k], 1), torch.cat([past[1].to(q.dtype), v], 1)
-            y = self.run(q, k, v, pattern=self.pattern, segments=segments, queries=queries, keys=keys, scale=self.spec.scale).y
-        return y, new
+        k, v = torch.cat([past[0].to(q.dtype), k], 1), torch.cat([past[1].to(q.dtype), v], 1)
+        return self.run(q, k, v, pattern=self.pattern, segments=segments, queries=queries, keys=keys, scale=self.spec.scale).y, new
 
-    def _used(self, cells: Cells, written: Written) -> int | None:
-        """Slots in use before this call, where looking costs no wait for a device; None: not known.
+    def _used(self, cells: Cells, written: Written) -> tuple[int | None, bool]:
+        """Where looking costs no wait for a device: the slots in use before this call (None: not known), and whether all
+        rows stand level, with as many tokens each and none of an earlier segment, so that nothing need be masked.
 
         Raises: ValueError if a fixed cache is too short for this call.
         """
@@ -268,13 +270,15 @@ class SoftmaxAttentionLayer(Mixer):
         if torch.compiler.is_compiling() or cells.count.device.type != "cpu":
             if fixed and cells.count.device.type in ("cpu", "cuda"):
                 torch._assert_async((written.count <= size).all(), f"a softmax cache of {size} slots is too short")
-            return None
-        if fixed and (need := int(written.count.max())) > size:
+            return None, False
+        before, after, start = cells.count.tolist(), written.count.tolist(), written.start.tolist()
+        if fixed and max(after) > size:
             raise ValueError(
-                f"SoftmaxAttention: this call needs {need} slots and the state has {size}; "
-                f"make it with init_state(batch, capacity={need}) or more, or without capacity to let it grow"
+                f"SoftmaxAttention: this call needs {max(after)} slots and the state has {size}; "
+                f"make it with init_state(batch, capacity={max(after)}) or more, or without capacity to let it grow"
             )
-        return min(int(cells.count.max()), size)
+        level = min(before) == max(before) and min(after) == max(after) and not any(start)
+        return min(max(before), size), level
 
     def _write(self, cells: Cells, k: Tensor, v: Tensor, at: Tensor | None, segments: Segments | None, written: Written,
                in_place: bool) -> Cells:
@@ -306,10 +310,13 @@ class SoftmaxAttentionLayer(Mixer):
 
         return type(cells)(*map(put, cells[:3], streams), written.count, written.start)
 
-    def _read(self, q: Tensor, cells: Cells, used: int | None, at: Tensor | None) -> Tensor:
-        """The one query of each row over a cache that holds its own key."""
+    def _read(self, q: Tensor, cells: Cells, used: int | None, at: Tensor | None, level: bool) -> Tensor:
+        """The one query of each row over a cache that holds its own key, `used` slots of it at most."""
         size = cells.keys.shape[1]
         stop = size if used is None else min(used, size)
+        stored = cells.keys[:, :stop].to(q.dtype), cells.values[:, :stop].to(q.dtype)
+        if level and at is None:
+            return self.run(q, *stored, pattern=Pattern(order="dense"), scale=self.spec.scale).y
         slot = torch.arange(stop, device=q.device)
         rank = slot
         if self.spec.window is not None:  # the last token that stood in a slot
@@ -321,8 +328,7 @@ class SoftmaxAttentionLayer(Mixer):
         keys = Coords(zero, zero, real, past)
         queries = Coords(zero[:, :1], zero[:, :1], None, at)
         pattern = Pattern(order="dense", slopes=self.pattern.slopes)
-        return self.run(q, cells.keys[:, :stop].to(q.dtype), cells.values[:, :stop].to(q.dtype), pattern=pattern,
-                        queries=queries, keys=keys, scale=self.spec.scale).y
+        return self.run(q, *stored, pattern=pattern, queries=queries, keys=keys, scale=self.spec.scale).y
 
     def _past(self, cells: Cells, used: int | None) -> tuple[Tensor, Tensor, Coords]:
         """Keys and values of the cache in order of rank, and where they stand in the current segment."""
@@ -366,6 +372,13 @@ class Source(NamedTuple):
 
     keys: Tensor
     values: Tensor
+
+
+def _needed(segments: Segments | None) -> Segments | None:
+    """None where the segments are seen to say nothing: no padding, no boundary. Not looked at where that means waiting."""
+    if segments is None or torch.compiler.is_compiling() or segments.real.device.type != "cpu":
+        return segments
+    return segments if bool(segments.run.any()) or not bool(segments.real.all()) else None
 
 
 def _ranks(cells: Cells, segments: Segments | None, tokens: int) -> Written:
