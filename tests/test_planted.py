@@ -332,6 +332,35 @@ MISTAKES = [
         "if True",
         "gated_delta", "float32_segments",
     ),
+    # the long convolution of a state space
+    Mistake(
+        "a hold decays the state",
+        "core.scan.scan",
+        "state = _where(segments.real[:, t], state, before)",
+        "pass",
+        "s4d", "padding",
+    ),
+    Mistake(
+        "a factor 2 is missing for the conjugate poles",
+        "kernels.long_conv.step",
+        "2 * (c * h)",
+        "(c * h)",
+        "s4d", "forms_agree",
+    ),
+    Mistake(
+        "the transform is not padded and wraps around",
+        "kernels.long_conv._fft",
+        "_smooth(2 * tokens)",
+        "tokens",
+        "s4d", "future",
+    ),
+    Mistake(
+        "what is read of a state is one power late",
+        "kernels.long_conv._readout",
+        "_powers(log_a, size + first)[..., first:]",
+        "_powers(log_a, size + first)[..., :size]",
+        "s4d", "resume",
+    ),
     # softmax attention
     Mistake(
         "a query sees the next key",

@@ -156,8 +156,9 @@ def stream(model: Any, prompts: Prompts, *, segments: Tensor | None = None, max_
     ids, padded = left_pad(prompts, device)
     segments = padded if segments is None else segments.to(device)
     vocab = model.spec.stem.vocab
-    if int(ids.max()) >= vocab or int(ids.min()) < 0:
-        raise BadInput(f"the prompt has token {int(ids.max())}, and the model knows tokens 0 to {vocab - 1}")
+    unknown = ids[(ids < 0) | (ids >= vocab)]
+    if len(unknown):
+        raise BadInput(f"the prompt has token {int(unknown[0])}, and the model knows tokens 0 to {vocab - 1}")
     batch, tokens = ids.shape
     capacity = None if max_new_tokens is None else tokens + max_new_tokens
     decoder = Decoder(model, batch, capacity=capacity, chunk=chunk)

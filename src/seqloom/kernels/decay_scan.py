@@ -1,8 +1,12 @@
 """Matrix-state scan with decay: S_t = diag(a_t) S_{t-1} + k_t v_t', y_t = S_t' q_t.
 
 Carries linear attention (a = 1), retention (a constant per head), Mamba-2 (a per head and token) and gated linear
-attention (a per key channel). The decay is given as its logarithm: `log_a` is [B, T, H] (one per head), [B, T, H, K]
-(one per key channel) or None (no decay).
+attention (a per key channel). Streams: q, k [B, T, G, K]; v [B, T, H, V]; the logarithm of the decay, `log_a` <= 0, is
+[B, T, H] (one per head), [B, T, H, K] (one per key channel) or None (no decay). G divides H: head h reads and writes
+with query and key h // (H / G), as Mamba-2's B and C are shared.
+
+Weights are products of the decays between two tokens, made from sums or products over just these: a difference of
+running sums would bring in the rounding of all that came before, in other segments too. They are all <= 1.
 
 Bidirectional forms add the same sum over the future, M_ij = prod_{s=i..j-1} a_s for j > i (query side), with the
 diagonal counted once ([lion] section 3).
@@ -10,11 +14,14 @@ diagonal counted once ([lion] section 3).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from seqloom.core.mixer import accumulator
 from seqloom.core.scan import carry
@@ -22,122 +29,122 @@ from seqloom.core.segments import Segments
 from seqloom.core.state import Mixed
 
 
-def step(state: Float[Tensor, "b h k v"], q: Float[Tensor, "b h k"], k: Float[Tensor, "b h k"],
+def step(state: Float[Tensor, "b h k v"], q: Float[Tensor, "b g k"], k: Float[Tensor, "b g k"],
          v: Float[Tensor, "b h v"], log_a: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """One token, as the papers write it. This is the definition; every other form must agree with it."""
-    wide = state.dtype
+    wide, heads = state.dtype, state.shape[1]
+    q, k = (_per_head(x.to(wide), heads) for x in (q, k))
     if log_a is not None:
         a = log_a.to(wide).exp()
         state = (a[..., None] if log_a.ndim == 3 else a[..., None, None]) * state
-    state = state + k.to(wide)[..., :, None] * v.to(wide)[..., None, :]
-    return state, (q.to(wide)[..., :, None] * state).sum(-2).to(v.dtype)
+    state = state + k[..., :, None] * v.to(wide)[..., None, :]
+    return state, (q[..., :, None] * state).sum(-2).to(v.dtype)
 
 
-def matrix(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b t h k"], log_a: Tensor | None = None, *,
+def matrix(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], log_a: Tensor | None = None, *,
            segments: Segments | None = None, bidirectional: bool = False) -> Float[Tensor, "b h t t"]:
-    """The T x T mixing weights: y = matrix @ v. For small T: an oracle and a picture, quadratic in T."""
+    """The T x T mixing weights: y = matrix @ v. For small T: an oracle and a picture, quadratic in T.
+
+    Without decay it has G heads, since heads that share a query and key share their weights.
+    """
     tokens = q.shape[1]
     wide = accumulator(q.dtype)
     q, k = q.to(wide), k.to(wide)
-    same = _same_run(segments, tokens, q.device)
     if segments is not None:
         q, k = segments.hold(q), segments.hold(k)
-        log_a = None if log_a is None else segments.hold(log_a)
+    keep = _same_run(segments, tokens, q.device)
     lower = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
-    keep = same if bidirectional else same & lower
-    if log_a is None:
-        return einsum(q, k, "b i h k, b j h k -> b h i j") * keep[:, None]
-    total = log_a.to(wide).cumsum(1)
-    # forward pairs decay over s = j+1..i; backward ones over s = i..j-1, which is the sum shifted by one
-    ahead = total[:, :, None] - total[:, None, :]
-    shifted = total - log_a.to(wide)
-    behind = shifted[:, None, :] - shifted[:, :, None]
-    place = lower[None, :, :].reshape(1, tokens, tokens, *(1,) * (log_a.ndim - 2))
-    mask = keep.reshape(*keep.shape, *(1,) * (log_a.ndim - 2))
-    weight = torch.where(mask, torch.where(place, ahead, behind), -torch.inf).exp()
-    if log_a.ndim == 3:
-        return einsum(q, k, weight, "b i h k, b j h k, b i j h -> b h i j")
-    return einsum(q, k, weight, "b i h k, b j h k, b i j h k -> b h i j")
+    keep = keep if bidirectional else keep & lower
+    with torch.autocast(q.device.type, enabled=False):
+        if log_a is None:
+            return einsum(q, k, "b i h k, b j h k -> b h i j") * keep[:, None]
+        log_a = log_a.to(wide) if segments is None else segments.hold(log_a.to(wide))
+        # forward pairs decay over s = j+1..i, backward ones over s = i..j-1: sums along i and along j, [b i j h (k)]
+        channels = (1,) * (log_a.ndim - 2)
+        after = lower.tril(-1).reshape(1, tokens, tokens, *channels)
+        weight = torch.where(after, log_a[:, :, None], 0.0).cumsum(1)
+        if bidirectional:
+            earlier = F.pad(log_a, (0, 0) * (log_a.ndim - 2) + (1, 0))[:, :-1]
+            weight = weight + torch.where(after.transpose(1, 2), earlier[:, None], 0.0).cumsum(2)
+        weight = torch.where(keep.reshape(*keep.shape, *channels), weight, -torch.inf).exp()
+        q, k = (_per_head(x, log_a.shape[2]) for x in (q, k))
+        return einsum(q, k, weight, f"b i h k, b j h k, b i j h{' k' * (log_a.ndim - 3)} -> b h i j")
 
 
-def parallel(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None = None, *, state: Tensor | None = None,
+def parallel(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[Tensor, "b t h v"],
+             log_a: Tensor | None = None, *, state: Float[Tensor, "b h k v"] | None = None,
              segments: Segments | None = None, bidirectional: bool = False) -> Mixed:
     """By the T x T weights. Quadratic in T: an oracle, and fastest for very short sequences."""
-    wide = accumulator(v.dtype)
+    wide, heads = accumulator(v.dtype), v.shape[2]
+    q, k, values = q.to(wide), k.to(wide), v.to(wide)
     if segments is not None:
-        v = segments.hold(v)
-    y = einsum(matrix(q, k, log_a, segments=segments, bidirectional=bidirectional), v.to(wide), "b h i j, b j h v -> b i h v")
-    if bidirectional:
-        return Mixed(y.to(v.dtype))
-    held = (q, k) if segments is None else (segments.hold(q), segments.hold(k))
-    q, k = (x.to(wide) for x in held)
-    total = torch.zeros_like(q) if log_a is None else (log_a if segments is None else segments.hold(log_a)).to(wide).cumsum(1)
-    if total.ndim == 3:
-        total = total[..., None]
-    run = torch.zeros(q.shape[:2], dtype=torch.int64, device=q.device) if segments is None else segments.run
-    kept = (run == run[:, -1:])[..., None, None]
-    new = einsum(torch.where(kept, k * (total[:, -1:] - total).exp(), 0.0), v.to(wide), "b t h k, b t h v -> b h k v")
-    if state is not None:
-        reads = (run == 0)[..., None, None]
-        y = y + einsum(torch.where(reads, q * total.exp(), 0.0), state, "b t h k, b h k v -> b t h v")
-        last = total[:, -1].exp()[..., None]
-        new = new + torch.where((run[:, -1] == 0)[:, None, None, None], last * state, 0.0)
+        q, k, values = segments.hold(q), segments.hold(k), segments.hold(values)
+    with torch.autocast(q.device.type, enabled=False):
+        weights = _per_head(matrix(q, k, log_a, segments=segments, bidirectional=bidirectional), heads, 1)
+        y = einsum(weights, values, "b h i j, b j h v -> b i h v")
+        if bidirectional:
+            return Mixed(y.to(v.dtype))
+        q, k = (_per_head(x, heads) for x in (q, k))
+        run = torch.zeros(q.shape[:2], dtype=torch.int64, device=q.device) if segments is None else segments.run
+        decay = torch.zeros_like(q[..., 0]) if log_a is None else log_a.to(wide)
+        decay = decay if segments is None else segments.hold(decay)
+        decay = decay if decay.ndim == 4 else decay[..., None]
+        since = decay.cumsum(1)                                                            # of tokens 0..t
+        until = F.pad(decay[:, 1:], (0, 0, 0, 0, 0, 1)).flip(1).cumsum(1).flip(1)          # of tokens t+1..T-1
+        kept = (run == run[:, -1:])[..., None, None]
+        new = einsum(torch.where(kept, k * until.exp(), 0.0), values, "b t h k, b t h v -> b h k v")
+        if state is not None:
+            reads = (run == 0)[..., None, None]
+            y = y + einsum(torch.where(reads, q * since.exp(), 0.0), state, "b t h k, b h k v -> b t h v")
+            last = since[:, -1].exp()[..., None]
+            new = new + torch.where((run[:, -1] == 0)[:, None, None, None], last * state, 0.0)
     y = y.to(v.dtype)
     return Mixed(y if segments is None else segments.hold(y), new)
 
 
-def chunked(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b t h k"], v: Float[Tensor, "b t h v"],
+def chunked(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[Tensor, "b t h v"],
             log_a: Tensor | None = None, *, state: Float[Tensor, "b h k v"] | None = None,
             segments: Segments | None = None, chunk: int = 64, diagonal: bool = True) -> Mixed:
     """By chunks: masked products inside, one state per chunk between. Linear in T in time and memory.
 
-    A chunk is one masked matrix product with weights exp(L_i - L_j), L the running sum of log decays; what leaves it
-    is one [K, V] write, and `core.scan.carry` joins these over chunks. `diagonal=False` leaves out each token's own
-    write (the second direction of a bidirectional pass).
+    A chunk is one masked matrix product; what leaves it is one [K, V] write, and `core.scan.carry` joins these over
+    chunks. Gradients are written by hand (first order): the backward pass keeps the streams and the states between
+    chunks, and makes the C x C weights anew. `diagonal=False` leaves out each token's own write (the second direction
+    of a bidirectional pass).
     """
-    batch, tokens, heads, key = q.shape
-    wide = accumulator(v.dtype)
-    if log_a is not None and log_a.ndim == 4:
-        chunk = min(chunk, 1 << max(tokens - 1, 1).bit_length())
-    else:
-        chunk = min(chunk, tokens)
+    batch, tokens, groups, key = q.shape
+    heads, dtype, wide = v.shape[2], v.dtype, accumulator(v.dtype)
+    vector = log_a is not None and log_a.ndim == 4
+    # halving needs a power of two
+    chunk = min(chunk, 1 << max(tokens - 1, 1).bit_length()) if vector else min(chunk, tokens)
     extra = -tokens % chunk
+    if vector and groups < heads:  # decays differ by head inside every product, so that nothing is left to share
+        q, k, groups = _per_head(q, heads), _per_head(k, heads), heads
+    same = reads = None
     if segments is not None:
         q, k, v = segments.hold(q), segments.hold(k), segments.hold(v)
         if log_a is not None:  # the decay of a first token reaches only pairs that the selection drops
-            log_a = torch.where(segments.starts().reshape(batch, tokens, *(1,) * (log_a.ndim - 2)), 0.0, segments.hold(log_a))
-        segments = segments.pad(extra)
-    split = lambda x: rearrange(F.pad(x.to(wide), (0, 0, 0, 0, 0, extra)), "b (n c) h d -> b n h c d", c=chunk)  # noqa: E731
-    q, k, values = split(q), split(k), split(v)
-    total = None
-    if log_a is not None:
-        total = split(log_a if log_a.ndim == 4 else log_a[..., None]).cumsum(-2)  # [b n h c k or 1]
+            still = segments.starts() | ~segments.real
+            log_a = torch.where(still.reshape(batch, tokens, *(1,) * (log_a.ndim - 2)), 0.0, log_a)
+        run = segments.pad(extra).run.unflatten(1, (-1, chunk))  # [b n c]
+        same = run[..., :, None] == run[..., None, :]
+        reads = run == F.pad(run[..., -1], (1, 0))[:, :-1, None]  # the count of boundaries before each chunk
 
-    lower = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril(0 if diagonal else -1)
-    keep, reads, writes, alive = lower, None, None, None
-    if segments is not None:
-        run = segments.run.unflatten(1, (-1, chunk))  # [b n c]
-        last = run[..., -1]
-        entering = F.pad(last, (1, 0))[:, :-1]  # the count of boundaries before each chunk
-        keep = (lower & (run[..., :, None] == run[..., None, :]))[:, :, None]
-        reads = (run == entering[..., None])[:, :, None, :, None]
-        writes = (run == last[..., None])[:, :, None, :, None]
-        alive = (last == entering)[:, :, None, None, None]
+    def split(x: Tensor) -> Tensor:
+        """[b t h d] in chunks [b n g c (r d)]: the r heads of a group side by side."""
+        x = F.pad(x.to(wide), (0, 0, 0, 0, 0, extra)) if extra else x.to(wide)
+        return rearrange(x, "b (n c) (g r) d -> b n g c (r d)", c=chunk, g=groups).contiguous()
 
-    scores = _scores(q, k, total, keep)
-    y = scores @ values
-    kept = k if total is None else k * (total[..., -1:, :] - total).exp()
-    kept = kept if writes is None else torch.where(writes, kept, 0.0)
-    write = kept.transpose(-1, -2) @ values  # [b n h k v]
-    decay = torch.ones((), dtype=wide, device=q.device) if total is None else total[..., -1, :, None].exp()
-    decay = decay.expand(*write.shape[:3], decay.shape[-2] if total is not None else 1, 1)
-    decay = decay if alive is None else torch.where(alive, decay, 0.0)
-    start = write.new_zeros(batch, heads, key, v.shape[-1]) if state is None else state
-    before, new = carry(decay, write, start)
-    query = q if total is None else q * total.exp()
-    y = y + (query if reads is None else torch.where(reads, query, 0.0)) @ before
-    y = rearrange(y, "b n h c v -> b (n c) h v")[:, :tokens].to(v.dtype)
-    return Mixed(y, new)
+    start = v.new_zeros(batch, heads, key, v.shape[-1], dtype=wide) if state is None else state.to(wide)
+    start = rearrange(start, "b (g r) k v -> b g k (r v)", g=groups)
+    if vector:
+        y, new = _Channels.apply(split(q), split(k), split(v), split(log_a), start, same, reads, diagonal)
+    else:
+        decay = None if log_a is None else rearrange(split(log_a[..., None]), "b n g c r -> b n g r c").contiguous()
+        y, new = _Heads.apply(split(q), split(k), split(v), decay, start, same, reads, diagonal)
+    y = rearrange(y, "b n g c (r v) -> b (n c) (g r) v", r=heads // groups)
+    new = rearrange(new, "b g k (r v) -> b (g r) k v", r=heads // groups)
+    return Mixed((y[:, :tokens] if extra else y).to(dtype), new)
 
 
 def bidirectional(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None = None, *, state: None = None,
@@ -156,34 +163,237 @@ def flip(segments: Segments) -> Segments:
     return Segments(segments.real.flip(1), (run[:, -1:] - run).flip(1))
 
 
-def _scores(q: Tensor, k: Tensor, total: Tensor | None, keep: Tensor) -> Tensor:
-    """Masked products q_i k_j weighted by exp(L_i - L_j), [b n h c c]; every exponent taken is <= 0."""
-    if total is None:
-        return torch.where(keep, q @ k.transpose(-1, -2), 0.0)
-    if total.shape[-1] == 1:
-        # mask before exp: a future pair has a positive exponent and overflows to inf
-        weight = torch.where(keep, total - total.transpose(-1, -2), -torch.inf).exp()
-        return torch.where(keep, q @ k.transpose(-1, -2), 0.0) * weight
-    # One decay per key channel does not factor out of the product. Halve the chunk again and again: the pairs that
-    # join two neighbouring halves are taken relative to the last token of the first half, so both factors are <= 1.
+class _Heads(torch.autograd.Function):
+    """Chunks [b n g c .] with one decay per head, or none. Score matrices are transposed: [b n g r j i], weight of
+    token j in the output of token i.
+
+    From the state S that enters a chunk: A = (Q K') W, y = A V + since Q S, and whole S + K' (until V) leaves it. W_ij,
+    since_i, until_j and whole are the decays from token j to i, from before the chunk to i, from j to the chunk's end,
+    and over all of it. Scaling values and outputs, not keys and queries, leaves these shared by the heads of a group.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, start: Tensor, same: Tensor | None,
+                reads: Tensor | None, diagonal: bool) -> tuple[Tensor, Tensor]:
+        with torch.autocast(q.device.type, enabled=False):
+            weight, since, until, whole = _weights(log_a, same, reads, v)
+            r = whole.shape[3]
+            scores = _scores(q, k, weight, same, diagonal)
+            write = k.mT @ _scale(v, until)
+            before, new = _carry(whole, write, start)
+            y = _scale_(q @ before, since)
+            _by_head(y, r).add_(scores.mT @ _by_head(v, r))
+        ctx.save_for_backward(q, k, v, log_a, before, same, reads)
+        ctx.diagonal = diagonal
+        return y, new
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dnew: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, log_a, before, same, reads = ctx.saved_tensors
+        dy = dy.contiguous()
+        with torch.autocast(q.device.type, enabled=False):
+            weight, since, until, whole = _weights(log_a, same, reads, v)
+            r = whole.shape[3]
+            late, early = _scale(dy, since), _scale(v, until)
+            # the adjoint of the state that leaves each chunk runs from the end
+            after, dstart = _carry(whole.flip(1), (q.mT @ late).flip(1), dnew)
+            after = after.flip(1)
+            v_heads, dy_heads = _by_head(v, r).contiguous(), _by_head(dy, r).contiguous()
+            scores = _scores(q, k, weight, same, ctx.diagonal)
+            dscores = v_heads @ dy_heads.mT
+            dv = k @ after
+            dlog_a = None
+            if log_a is not None:
+                one = torch.ones(q.shape[-2], q.shape[-2], dtype=q.dtype, device=q.device)
+                # log_a_s decays the pairs j < s <= i, what is read at i >= s, what is written at j < s, and the whole
+                pairs = ((dscores * scores) @ one.tril()).triu_(1).sum(-2)
+                read = _by_head(late * (q @ before), r).sum(-1) @ one.tril()
+                write = _by_head(early * dv, r).sum(-1) @ one.triu(1)
+                over = (before * after).unflatten(-1, (r, -1)).sum((-1, -3))
+                dlog_a = pairs.add_(read).add_(write).add_((over * whole[..., 0])[..., None])
+            _by_head(_scale_(dv, until), r).add_(scores @ dy_heads)
+            dscores = _masked(dscores, weight, same, ctx.diagonal).sum(3)
+            dq = (dscores.mT @ k).add_(late @ before.mT)
+            dk = (dscores @ q).add_(early @ after.mT)
+        return dq, dk, dv, dlog_a, dstart, None, None, None
+
+
+def _weights(log_a: Tensor | None, same: Tensor | None, reads: Tensor | None,
+             like: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """W [b n g r j i], since and until [b n g r c], whole [b n g r 1] from log decays [b n g r c]; None stands for ones.
+
+    Source: [s4-survey] Method 12, the segment sums of SSD.
+    """
+    if log_a is None:
+        if same is None:
+            return None, None, None, like.new_ones(1, 1, 1, 1, 1)
+        since, until = (mask[:, :, None, None].to(like.dtype) for mask in (reads, same[..., -1]))
+        return None, since, until, since[..., -1:]
+    chunk = log_a.shape[-1]
+    # sums over s = j+1..i: nothing is subtracted, and no exponent is above 0
+    weight = log_a[..., None, :].expand(*log_a.shape[:-1], chunk, chunk).triu(1).cumsum(-1).exp_().triu_()
+    if same is not None:
+        weight = torch.where(same[:, :, None, None], weight, 0.0)
+    since = log_a[..., :1].exp() * weight[..., 0, :]
+    if reads is not None:
+        since = torch.where(reads[:, :, None, None], since, 0.0)
+    return weight, since, weight[..., -1].clone(), since[..., -1:]
+
+
+def _masked(scores: Tensor, weight: Tensor | None, same: Tensor | None, diagonal: bool) -> Tensor:
+    """scores [b n g r j i] times W, in place, with what neither causality nor a boundary lets through at 0."""
+    if weight is not None:
+        scores = scores.mul_(weight)
+        return scores if diagonal else scores.triu_(1)
+    scores = scores.triu_(0 if diagonal else 1)
+    return scores if same is None else scores.mul_(same[:, :, None, None])
+
+
+def _scores(q: Tensor, k: Tensor, weight: Tensor | None, same: Tensor | None, diagonal: bool) -> Tensor:
+    scores = (k @ q.mT)[:, :, :, None]
+    if weight is None:
+        return _masked(scores, None, same, diagonal)
+    scores = scores * weight
+    return scores if diagonal else scores.triu_(1)
+
+
+def _scale(x: Tensor, weight: Tensor | None) -> Tensor:
+    """x [b n g c (r v)] with each head's rows scaled by weight [b n g r c]."""
+    if weight is None:
+        return x
+    return (x.unflatten(-1, (weight.shape[3], -1)) * weight.mT[..., None]).flatten(-2)
+
+
+def _scale_(x: Tensor, weight: Tensor | None) -> Tensor:
+    if weight is not None:
+        x.unflatten(-1, (weight.shape[3], -1)).mul_(weight.mT[..., None])
+    return x
+
+
+def _by_head(x: Tensor, r: int) -> Tensor:
+    """x [b n g c (r v)] as [b n g r c v], a view."""
+    return x.unflatten(-1, (r, -1)).transpose(-2, -3)
+
+
+def _carry(whole: Tensor, write: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """States [b n g k (r v)] that enter each chunk, and the last; whole [b n g r 1] is what a chunk leaves of a state."""
+    r = whole.shape[3]
+    batch, n = write.shape[:2]
+    decay = whole.expand(batch, n, *whole.shape[2:])[..., None, :, :]
+    before, new = carry(decay, write.unflatten(-1, (r, -1)), start.unflatten(-1, (r, -1)))
+    return before.flatten(-2), new.flatten(-2)
+
+
+class _Channels(torch.autograd.Function):
+    """Chunks [b n h c .] with one decay per key channel, which does not factor out of a product of queries and keys.
+
+    Neighbouring blocks are joined again and again: a pair of tokens in two blocks that become one is weighted by the
+    decays from the first token's to its block's end, kept in the keys, and from the second block's start to the second
+    token, kept in the queries. Both are products of decays inside one block, and grow with it by one factor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, start: Tensor, same: Tensor | None,
+                reads: Tensor | None, diagonal: bool) -> tuple[Tensor, Tensor]:
+        with torch.autocast(q.device.type, enabled=False):
+            scores, late, early, whole, _ = _join(q, k, log_a.exp(), diagonal)
+            if same is not None:
+                scores = torch.where(same[:, :, None], scores, 0.0)
+                late, early, whole = _bound(late, early, whole, same, reads)
+            before, new = carry(whole[..., None], early.mT @ v, start)
+            y = (scores @ v).add_(late @ before)
+        ctx.save_for_backward(q, k, v, log_a, before, same, reads)
+        ctx.diagonal = diagonal
+        return y, new
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dnew: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, log_a, before, same, reads = ctx.saved_tensors
+        dy = dy.contiguous()
+        with torch.autocast(q.device.type, enabled=False):
+            a = log_a.exp()
+            scores, late, early, whole, levels = _join(q, k, a, ctx.diagonal, keep=True)
+            if same is not None:
+                scores = torch.where(same[:, :, None], scores, 0.0)
+                late, early, whole = _bound(late, early, whole, same, reads)
+            after, dstart = carry(whole.flip(1)[..., None], (late.mT @ dy).flip(1), dnew)
+            after = after.flip(1)
+            dv = (scores.mT @ dy).add_(early @ after)
+            dscores = dy @ v.mT
+            dlate, dearly, dwhole = dy @ before.mT, v @ after.mT, (before * after).sum(-1)
+            if same is not None:
+                dscores = torch.where(same[:, :, None], dscores, 0.0)
+                dlate, dearly, dwhole = _bound(dlate, dearly, dwhole, same, reads)
+            dq, dk, da = _part(dlate, dearly, dwhole, dscores, levels)
+            da.add_(dq * q).mul_(a)
+            dq.mul_(a)
+            if ctx.diagonal:
+                own = dscores.diagonal(dim1=-2, dim2=-1)[..., None]
+                dq.addcmul_(own, k)
+                dk.addcmul_(own, q)
+        return dq, dk, dv, da, dstart, None, None, None
+
+
+def _join(q: Tensor, k: Tensor, a: Tensor, diagonal: bool, keep: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, list]:
+    """Scores [b n h i j] inside chunks, q times the decays since the chunk's start, k times those until its end, and the
+    decay over all of it [b n h k]; with `keep`, what each level multiplied, for `_part`."""
     chunk = q.shape[-2]
-    scores = (q * k).sum(-1)[..., None, None]  # blocks of one token: [.. c 1 1]
-    size = 1
+    scores = q.new_zeros(*q.shape[:-1], chunk)
+    if diagonal:
+        scores.diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
+    late, early, whole, levels, size = q * a, k.clone(), a, [], 1
     while size < chunk:
-        first, second = (x.unflatten(-2, (-1, 2, size)) for x in (k, q))
-        level = total.unflatten(-2, (-1, 2, size))
-        middle = level[..., 0, -1:, :]
-        left = first[..., 0, :, :] * (middle - level[..., 0, :, :]).exp()
-        right = second[..., 1, :, :] * (level[..., 1, :, :] - middle).exp()
-        cross = right @ left.transpose(-1, -2)
-        blocks = scores.unflatten(-3, (-1, 2))
-        top = torch.cat([blocks[..., 0, :, :], torch.zeros_like(cross)], -1)
-        scores = torch.cat([top, torch.cat([cross, blocks[..., 1, :, :]], -1)], -2)
+        right, left = (x.unflatten(-2, (-1, 2, size))[..., i, :, :] for x, i in ((late, 1), (early, 0)))
+        first, second = whole.unflatten(-2, (-1, 2)).unbind(-2)
+        _corner(scores, size).copy_(right @ left.mT)
+        if keep:
+            levels.append((right.clone(), left.clone(), first, second))
+        right.mul_(first[..., None, :])
+        left.mul_(second[..., None, :])
+        whole = first * second
         size *= 2
-    return torch.where(keep, scores[..., 0, :, :], 0.0)
+    return scores, late, early, whole[..., 0, :], levels
 
 
-def _same_run(segments: Segments | None, tokens: int, device: torch.device) -> Tensor:
+def _part(dlate: Tensor, dearly: Tensor, dwhole: Tensor, dscores: Tensor, levels: list) -> tuple[Tensor, Tensor, Tensor]:
+    """The adjoint of `_join` at its first level: gradients of q a and k (in place of dlate and dearly), and of a."""
+    dwhole = dwhole[..., None, :]
+    for right, left, first, second in reversed(levels):
+        size = right.shape[-2]
+        dright, dleft = (x.unflatten(-2, (-1, 2, size))[..., i, :, :] for x, i in ((dlate, 1), (dearly, 0)))
+        dcross = _corner(dscores, size).contiguous()
+        parts = torch.stack([dwhole * second + (dright * right).sum(-2), dwhole * first + (dleft * left).sum(-2)], -2)
+        dwhole = parts.flatten(-3, -2)
+        dright.mul_(first[..., None, :]).add_(dcross @ left)
+        dleft.mul_(second[..., None, :]).add_(dcross.mT @ right)
+    return dlate, dearly, dwhole
+
+
+def _corner(scores: Tensor, size: int) -> Tensor:
+    """Of scores [.. c c], the blocks [.. c/2s s s] in which the second s tokens of every 2s meet the first s, a view."""
+    blocks = scores.unflatten(-1, (-1, 2 * size)).unflatten(-3, (-1, 2 * size)).diagonal(dim1=-4, dim2=-2)  # [.. i j block]
+    return blocks.movedim(-1, -3)[..., size:, :size]
+
+
+def _bound(late: Tensor, early: Tensor, whole: Tensor, same: Tensor, reads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Late tokens read the incoming state, early ones write the outgoing one, and it lives on: where no boundary is between."""
+    masks = reads[:, :, None, :, None], same[:, :, None, -1, :, None], reads[:, :, None, -1:]
+    return tuple(torch.where(mask, x, 0.0) for mask, x in zip(masks, (late, early, whole), strict=True))
+
+
+def _per_head(x: Tensor, heads: int, dim: int = -2) -> Tensor:
+    """The G groups of x repeated to H heads: head h takes group h // (H / G)."""
+    groups = x.shape[dim]
+    if heads == groups:
+        return x
+    if heads % groups:
+        raise ValueError(f"{groups} heads of queries and keys cannot be shared by {heads} heads of values; use a divisor of {heads}")
+    return x.repeat_interleave(heads // groups, dim)
+
+
+def _same_run(segments: Segments | None, tokens: int, device: torch.device) -> Bool[Tensor, "b i j"]:
     """[B or 1, T, T]: pairs with no boundary between them."""
     if segments is None:
         return torch.ones(1, tokens, tokens, dtype=torch.bool, device=device)

@@ -197,7 +197,7 @@ class _Chunks(torch.autograd.Function):
             seen = since * k
             move = (leave @ (beta * seen)).neg_()
             move.diagonal(dim1=-2, dim2=-1).add_(whole[..., 0])
-            if alive is not None:
+            if alive is not None:  # already 0 there, as long as no neighbour has overflowed
                 move = torch.where(alive, move, 0.0)
             before, new = carry(move, leave @ (beta * v), start, act=torch.matmul, compose=torch.matmul, group=group)
             error = v - seen @ before

@@ -14,6 +14,9 @@ Sources: [s4d] Method 4, 5 and 10; [s4-survey] Method 1 and 5.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
@@ -224,10 +227,10 @@ def chunked(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor, c: Tensor, s
         u = take(segments.hold(u), source)
         run = rearrange(torch.cat([run, run[:, -1:].expand(-1, extra)], 1), "b (m r) -> m b r", r=size)
     with _full_precision(u):
-        x = rearrange(F.pad(u.to(wide), (0, 0, 0, extra)), "b (m r) d -> d (m b) r", r=size)
+        x = _chunks(F.pad(u.to(wide), (0, 0, 0, extra)), size)
         power = _powers(log_a, size + 1)
         write, read = _pairs(b[..., None] * power[..., :size].flip(-1)), _rows(c[..., None] * power)
-        k = (torch.view_as_real(b).flatten(-2)[:, None] @ read[..., : size - delay])[:, 0]
+        k = (torch.view_as_real(b).flatten(-2)[..., None] * read[..., : size - delay]).sum(1)
         k = F.pad(k, (delay, 0))
 
         entering, kept, decay = None, x, power[:, None, None, :, size]
@@ -245,7 +248,7 @@ def chunked(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor, c: Tensor, s
         else:
             y = torch.where((run == entering[..., None]).flatten(0, 1), y, 0.0)
             y = y + _masked_toeplitz(x, k, run.flatten(0, 1))
-        y = rearrange(y, "d (m b) r -> b (m r) d", b=batch)[:, :tokens].to(u.dtype)
+        y = _tokens(y, batch)[:, :tokens].to(u.dtype)
         final = _final(x, before, run, entering, write, power, segments, tokens, state)
     return Mixed(y if segments is None else segments.hold(take(y, place)), final)
 
@@ -333,6 +336,48 @@ def _masked_toeplitz(x: Float[Tensor, "d m r"], k: Float[Tensor, "d r"], run: In
         y = y + torch.stack([torch.zeros_like(joined), joined], -2).reshape(x.shape)
         half *= 2
     return y
+
+
+def _chunks(x: Float[Tensor, "b t d"], size: int) -> Float[Tensor, "d mb r"]:
+    """Tokens by chunk, channels first: rows stand as "d (m b) r"."""
+    if torch.compiler.is_compiling():
+        return _to_chunks(x, size)
+    return _Layout.apply(x, _to_chunks, size, _to_tokens, x.shape[0])
+
+
+def _tokens(y: Float[Tensor, "d mb r"], batch: int) -> Float[Tensor, "b t d"]:
+    """The inverse of `_chunks`."""
+    if torch.compiler.is_compiling():
+        return _to_tokens(y, batch)
+    return _Layout.apply(y, _to_tokens, batch, _to_chunks, y.shape[-1])
+
+
+def _to_chunks(x: Tensor, size: int) -> Tensor:
+    return rearrange(x, "b (m r) d -> d (m b) r", r=size).contiguous()
+
+
+def _to_tokens(y: Tensor, batch: int) -> Tensor:
+    return rearrange(y, "d (m b) r -> b (m r) d", b=batch).contiguous()
+
+
+class _Layout(torch.autograd.Function):
+    """A permutation whose gradient is laid out anew as well.
+
+    Autograd would hand back a strided view, and a batched product copies such a matrix by matrix.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, there: Callable, argument: int, back: Callable, inverse: int) -> Tensor:
+        return there(x, argument)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.arguments = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        there, argument, back, inverse = ctx.arguments
+        return _Layout.apply(gradient, back, inverse, there, argument), None, None, None, None
 
 
 def _triangle(k: Float[Tensor, "d r"]) -> Float[Tensor, "d r r"]:

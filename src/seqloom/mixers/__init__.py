@@ -3,6 +3,7 @@
 from seqloom.mixers.delta import DeltaNet
 from seqloom.mixers.gated_delta import GatedDeltaNet
 from seqloom.mixers.linear import LinearAttention
+from seqloom.mixers.s4d import S4D
 from seqloom.mixers.softmax import SoftmaxAttention
 
 MIXERS = {
@@ -10,6 +11,7 @@ MIXERS = {
     "linear": LinearAttention,
     "delta": DeltaNet,
     "gated_delta": GatedDeltaNet,
+    "s4d": S4D,
 }
 
 __all__ = ["MIXERS", *(spec.__name__ for spec in MIXERS.values())]

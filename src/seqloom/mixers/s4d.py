@@ -102,7 +102,8 @@ class S4DLayer(Mixer):
             self.out = linear(dim, 2 * dim if spec.output == "glu" else dim, bias=True, depth=ctx.depth)
 
     def mix(self, x: Tensor, cells: Cells | None, place: Placement, info: Info, donate: bool) -> tuple[Tensor, Any, dict]:
-        y, hidden, _ = self.run(x, **self.system(x.dtype), state=None if cells is None else cells.hidden, segments=place.segments)
+        state = None if cells is None else cells.hidden
+        y, hidden, _ = self.run(x, **self.system(x.dtype), state=state, segments=place.segments)
         y = y + self.D.to(y.dtype) * x
         if self.out is not None:
             y = self.out(F.gelu(y))

@@ -98,8 +98,8 @@ class SoftmaxAttention(Spec):
 class Full(NamedTuple):
     """Grows. Every row has written each of the S slots, in order, and has met no boundary."""
 
-    keys: Tensor              # [B, S, G, K]
-    values: Tensor            # [B, S, G, K]
+    keys: Tensor              # [B, G, S, K]: a head's keys side by side, as decoding reads them
+    values: Tensor            # [B, G, S, K]
     positions: Tensor | None  # [B, S]
     count: Tensor             # [B]
     start: Tensor             # [B]
@@ -206,7 +206,7 @@ class SoftmaxAttentionLayer(Mixer):
         return kind(*self._slots(batch, self.spec.window or capacity or 0, dtype, device))
 
     def _slots(self, batch: int, size: int, dtype: torch.dtype, device: Any) -> tuple:
-        keys = torch.zeros(batch, size, self.groups, self.head, dtype=dtype, device=device)
+        keys = torch.zeros(batch, self.groups, size, self.head, dtype=dtype, device=device)
         count = torch.zeros(batch, dtype=torch.int64, device=device)
         positions = torch.zeros(batch, size, dtype=torch.int64, device=device) if self.pattern.slopes is not None else None
         return keys, torch.zeros_like(keys), positions, count, torch.zeros_like(count)
@@ -216,24 +216,27 @@ class SoftmaxAttentionLayer(Mixer):
         batch, tokens = k.shape[:2]
         count = torch.zeros(batch, dtype=torch.int64, device=k.device)
         if segments is None and self.spec.window is None:
-            return Full(k, v, at, count + tokens, count)
+            return Full(k.transpose(1, 2), v.transpose(1, 2), at, count + tokens, count)
         kind = Ragged if self.spec.window is None else Slots
         cells = kind(*self._slots(batch, self.spec.window or tokens, k.dtype, k.device))
         return self._write(cells, k, v, at, segments, _ranks(cells, segments, tokens), in_place=True)
 
     def _append(self, q: Tensor, k: Tensor, v: Tensor, at: Tensor | None, cells: Full) -> tuple[Tensor, Full]:
         """Rows that stand side by side: the cache is a concatenation, and what is seen needs no mask."""
-        past, tokens = cells.keys.shape[1], k.shape[1]
-        join = lambda a, b: b.to(a.dtype) if not past else torch.cat([a, b.to(a.dtype)], 1)  # noqa: E731
-        new = Full(join(cells.keys, k), join(cells.values, v), None if at is None else join(cells.positions, at),
-                   cells.count + tokens, cells.start.clone())
+        past, tokens = cells.keys.shape[2], k.shape[1]
+
+        def join(old: Tensor, new: Tensor) -> Tensor:
+            new = new.transpose(1, 2).to(old.dtype)
+            return torch.cat([old, new], 2) if past else new
+
+        positions = None if at is None else torch.cat([cells.positions, at], 1)
+        new = Full(join(cells.keys, k), join(cells.values, v), positions, cells.count + tokens, cells.start.clone())
         keys = queries = None
         if at is not None:
-            keys = softmax.line(past + tokens, k.device)._replace(at=new.positions)
+            keys = softmax.line(past + tokens, k.device)._replace(at=positions)
             queries = softmax.line(tokens, k.device, past)._replace(at=at)
-        y = self.run(q, new.keys.to(q.dtype), new.values.to(q.dtype), pattern=self.pattern, queries=queries, keys=keys,
-                     scale=self.spec.scale).y
-        return y, new
+        stored = (x.transpose(1, 2).to(q.dtype) for x in new[:2])
+        return self.run(q, *stored, pattern=self.pattern, queries=queries, keys=keys, scale=self.spec.scale).y, new
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, at: Tensor | None, cells: Cells, segments: Segments | None,
                   info: Info, donate: bool) -> tuple[Tensor, Cells]:
@@ -245,7 +248,9 @@ class SoftmaxAttentionLayer(Mixer):
         grown = cells
         if not isinstance(cells, Slots):
             # new slots at the end are a copy anyway, and may be written in place
-            grown = Ragged(*(_lengthen(old, tokens) for old in cells[:3]), cells.count, cells.start)
+            keys, values = (torch.cat([x, x.new_zeros(*x.shape[:2], tokens, x.shape[3])], 2) for x in cells[:2])
+            positions = None if at is None else torch.cat([cells.positions, torch.zeros_like(at)], 1)
+            grown = Ragged(keys, values, positions, cells.count, cells.start)
         new = self._write(grown, k, v, at, segments, written, in_place=donate or grown is not cells)
         if tokens == 1:
             # the one query stands last: whatever is in the cache after it was written precedes it or is it
@@ -258,7 +263,8 @@ class SoftmaxAttentionLayer(Mixer):
             keys = softmax.cat(past[2], Coords(written.rank - written.first, written.first, real, at))
             queries = keys.slice(keys.position.shape[1] - tokens, keys.position.shape[1])
         k, v = torch.cat([past[0].to(q.dtype), k], 1), torch.cat([past[1].to(q.dtype), v], 1)
-        return self.run(q, k, v, pattern=self.pattern, segments=segments, queries=queries, keys=keys, scale=self.spec.scale).y, new
+        y = self.run(q, k, v, pattern=self.pattern, segments=segments, queries=queries, keys=keys, scale=self.spec.scale).y
+        return y, new
 
     def _used(self, cells: Cells, written: Written) -> tuple[int | None, bool]:
         """Where looking costs no wait for a device: the slots in use before this call (None: not known), and whether all
@@ -266,7 +272,7 @@ class SoftmaxAttentionLayer(Mixer):
 
         Raises: ValueError if a fixed cache is too short for this call.
         """
-        size, fixed = cells.keys.shape[1], isinstance(cells, Slots) and self.spec.window is None
+        size, fixed = cells.keys.shape[2], isinstance(cells, Slots) and self.spec.window is None
         if torch.compiler.is_compiling() or cells.count.device.type != "cpu":
             if fixed and cells.count.device.type in ("cpu", "cuda"):
                 torch._assert_async((written.count <= size).all(), f"a softmax cache of {size} slots is too short")
@@ -283,7 +289,7 @@ class SoftmaxAttentionLayer(Mixer):
     def _write(self, cells: Cells, k: Tensor, v: Tensor, at: Tensor | None, segments: Segments | None, written: Written,
                in_place: bool) -> Cells:
         """The cells after this call's real tokens. Only their slots are touched; `in_place` keeps the tensors."""
-        size, tokens = cells.keys.shape[1], k.shape[1]
+        size, tokens = cells.keys.shape[2], k.shape[1]
         kept = min(size, tokens)  # of a call longer than a ring, its last tokens
         steps = torch.arange(kept, device=k.device)
         if segments is None:
@@ -303,18 +309,21 @@ class SoftmaxAttentionLayer(Mixer):
         def put(old: Tensor | None, value: Tensor | None) -> Tensor | None:
             if old is None:
                 return None
+            old = old if in_place else old.clone()
+            slots = old.transpose(1, 2) if old.ndim == 4 else old
             value = value.to(old.dtype)
             if real is not None:
-                value = torch.where(real.reshape(*real.shape, *(1,) * (value.ndim - 2)), value, old[row, slot])
-            return old.index_put_((row, slot), value) if in_place else old.index_put((row, slot), value)
+                value = torch.where(real.reshape(*real.shape, *(1,) * (value.ndim - 2)), value, slots[row, slot])
+            slots.index_put_((row, slot), value)
+            return old
 
         return type(cells)(*map(put, cells[:3], streams), written.count, written.start)
 
     def _read(self, q: Tensor, cells: Cells, used: int | None, at: Tensor | None, level: bool) -> Tensor:
         """The one query of each row over a cache that holds its own key, `used` slots of it at most."""
-        size = cells.keys.shape[1]
+        size = cells.keys.shape[2]
         stop = size if used is None else min(used, size)
-        stored = cells.keys[:, :stop].to(q.dtype), cells.values[:, :stop].to(q.dtype)
+        stored = [x[:, :, :stop].transpose(1, 2).to(q.dtype) for x in cells[:2]]
         if level and at is None:
             return self.run(q, *stored, pattern=Pattern(order="dense"), scale=self.spec.scale).y
         slot = torch.arange(stop, device=q.device)
@@ -332,19 +341,20 @@ class SoftmaxAttentionLayer(Mixer):
 
     def _past(self, cells: Cells, used: int | None) -> tuple[Tensor, Tensor, Coords]:
         """Keys and values of the cache in order of rank, and where they stand in the current segment."""
-        batch, size = cells.keys.shape[:2]
-        count, start = cells.count[:, None], cells.start[:, None]
+        size, count, start = cells.keys.shape[2], cells.count[:, None], cells.start[:, None]
         keys, values, at = cells[:3]
         if isinstance(cells, Slots) and self.spec.window is not None:
             rank = count - size + torch.arange(size, device=keys.device)
-            keys, values = take(keys, rank % size), take(values, rank % size)
-            at = None if at is None else at.gather(1, rank % size)
+            slot = rank % size
+            at = None if at is None else at.gather(1, slot)
+            slot = slot[:, None, :, None].expand_as(keys)
+            keys, values = keys.gather(2, slot), values.gather(2, slot)
         else:
             stop = size if used is None else used
-            keys, values, at = keys[:, :stop], values[:, :stop], None if at is None else at[:, :stop]
-            rank = torch.arange(stop, device=keys.device).expand(batch, -1)
+            keys, values, at = keys[:, :, :stop], values[:, :, :stop], None if at is None else at[:, :stop]
+            rank = torch.arange(stop, device=keys.device).expand(keys.shape[0], -1)
         real = (rank >= start) & (rank < count) & (rank >= 0)
-        return keys, values, Coords(rank - start, start.expand_as(rank), real, at)
+        return keys.transpose(1, 2), values.transpose(1, 2), Coords(rank - start, start.expand_as(rank), real, at)
 
     # -- cross-mixing -------------------------------------------------------------------------------------------
     def read_in(self, source: Tensor, info: Info = Info()) -> Memory:
@@ -393,6 +403,3 @@ def _ranks(cells: Cells, segments: Segments | None, tokens: int) -> Written:
     first = torch.where(segments.run > 0, begun, start[:, None])
     return Written(rank, first, order[:, -1], count + order[:, -1], first[:, -1])
 
-
-def _lengthen(x: Tensor | None, tokens: int) -> Tensor | None:
-    return None if x is None else torch.cat([x, x.new_zeros(x.shape[0], tokens, *x.shape[2:])], 1)

@@ -16,6 +16,13 @@ from seqloom.parts import MLP, RMSNorm, SwiGLU
 NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm}
 
 
+def make_norm(kind: str, dim: int, eps: float | None) -> nn.Module:
+    """The norm called `kind`; eps None is that norm's own default (1e-6 for rms, 1e-5 for layer)."""
+    if kind == "none":
+        return nn.Identity()
+    return NORMS[kind](dim) if eps is None else NORMS[kind](dim, eps=eps)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Block:
     """One sequence mixer and, unless `mlp` is None, one channel mixer, each behind a norm and a residual sum."""
@@ -23,6 +30,7 @@ class Block:
     mixer: Spec
     mlp: SwiGLU | MLP | None = SwiGLU()
     norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float | None = None
     dropout: float = 0.0
 
     def build(self, ctx: BuildContext) -> BlockLayer:
@@ -36,6 +44,7 @@ class Stack:
     dim: int
     blocks: tuple[Block, ...]
     norm: Literal["rms", "layer", "none"] = "rms"
+    norm_eps: float | None = None
 
     @property
     def causal(self) -> bool:
@@ -48,9 +57,9 @@ class Stack:
 class BlockLayer(nn.Module):
     def __init__(self, spec: Block, ctx: BuildContext):
         super().__init__()
-        self.mixer_norm = NORMS[spec.norm](ctx.dim)
+        self.mixer_norm = make_norm(spec.norm, ctx.dim, spec.norm_eps)
         self.mixer: Mixer = spec.mixer.build(ctx)
-        self.mlp_norm = NORMS[spec.norm](ctx.dim) if spec.mlp is not None else None
+        self.mlp_norm = make_norm(spec.norm, ctx.dim, spec.norm_eps) if spec.mlp is not None else None
         self.mlp = spec.mlp.build(ctx) if spec.mlp is not None else None
         self.dropout = nn.Dropout(spec.dropout)
 
@@ -71,20 +80,27 @@ class StackLayer(nn.Module):
         ctx = BuildContext(dim=spec.dim, depth=len(spec.blocks))
         self.blocks = nn.ModuleList(block.build(ctx.at(i)) for i, block in enumerate(spec.blocks))
         self.shared = ctx.store
-        self.norm = NORMS[spec.norm](spec.dim) if spec.norm != "none" else nn.Identity()
+        self.norm = make_norm(spec.norm, spec.dim, spec.norm_eps)
         self.checkpointing = False  # recompute each block in the backward pass
 
-    def forward(self, x: Tensor, *, state: tuple | None = None, info: Info = Info(), donate: bool = False) -> Mixed:
+    def forward(self, x: Tensor, *, state: tuple | None = None, info: Info = Info(), donate: bool = False,
+                collect: list[Tensor] | None = None) -> Mixed:
+        """`collect`: a list that is given what enters each block, and the output at the end."""
         states, losses = [], {}
         for i, block in enumerate(self.blocks):
             before = None if state is None else state[i]
+            if collect is not None:
+                collect.append(x)
             if self.checkpointing and self.training and before is None:
                 x, after, aux = torch.utils.checkpoint.checkpoint(block, x, None, info, use_reentrant=False)
             else:
                 x, after, aux = block(x, before, info, donate)
             states.append(after)
             losses.update({f"{i}.{name}": value for name, value in aux.items()})
-        return Mixed(self.norm(x), tuple(states), losses)
+        y = self.norm(x)
+        if collect is not None:
+            collect.append(y)
+        return Mixed(y, tuple(states), losses)
 
     def init_state(self, batch: int, capacity: int | None = None, dtype: torch.dtype | None = None,
                    device: torch.device | str | None = None) -> tuple:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from seqloom.core import Info
+from seqloom.core import Info, Mixed
 from seqloom.models.backbone import Stack
 from seqloom.models.heads import PooledHead, TokenHead
 from seqloom.models.stems import TokenStem
@@ -46,12 +46,21 @@ class SequenceModelLayer(nn.Module):
         self.stack = spec.stack.build()
         self.head = spec.head.build(spec.stack.dim, self.stem)
 
+    def encode(self, ids: Tensor, *, state: Any = None, info: Info = Info(), donate: bool = False,
+               embedded: Tensor | None = None) -> Mixed:
+        """The hidden vectors [B, T, D] that the head reads; `embedded` replaces the stem."""
+        x = self.stem(ids) if embedded is None else embedded
+        return self.stack(x, state=state, info=info, donate=donate)
+
     def forward(self, ids: Tensor, *, state: Any = None, info: Info = Info(), donate: bool = False,
                 keep: int | Tensor = 0, embedded: Tensor | None = None) -> Output:
         """`keep`: score only the last `keep` tokens (0: all) or the given positions; `embedded` replaces the stem."""
-        x = self.stem(ids) if embedded is None else embedded
-        hidden, state, aux = self.stack(x, state=state, info=info, donate=donate)
-        kept = hidden if isinstance(keep, int) and keep == 0 else hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep]
+        hidden, state, aux = self.encode(ids, state=state, info=info, donate=donate, embedded=embedded)
+        kept = hidden
+        if not isinstance(keep, int):
+            kept = hidden[:, keep]
+        elif keep:
+            kept = hidden[:, -keep:]
         real = None if info.segments is None else info.segments != 0
         return Output(self.head(kept, real), hidden, state, aux)
 

@@ -145,7 +145,8 @@ def rotate_qkv(x: Float[Tensor, "b t n k"], cos: Float[Tensor, "... t r"], sin: 
         qk, v = x.split((heads + groups, groups), 2)
         q, k = rotate(qk, cos, sin).split((heads, groups), 2)
         return q, k, v
-    return _TurnSplit.apply(x, cos, sin, heads, groups)
+    turn = _TurnSplit.apply if torch.is_grad_enabled() else _TurnSplit.forward
+    return turn(x, cos, sin, heads, groups)
 
 
 class _TurnSplit(torch.autograd.Function):

@@ -120,7 +120,8 @@ def discretise(poles: Complex[Tensor, "d n"], dt: Float[Tensor, " d"],
 def even(state: int, owner: str) -> int:
     """N/2, or an error that names a state size that works: poles are kept as conjugate pairs."""
     if state < 2 or state % 2:
-        raise ValueError(f"{owner}: state {state} is not made of conjugate pairs; use an even number, such as {max(state // 2 * 2, 2)}")
+        raise ValueError(f"{owner}: state {state} does not split into conjugate pairs; it must be an even number, such as "
+                         f"{max(state // 2 * 2, 2)}")
     return state // 2
 
 

@@ -1,0 +1,400 @@
+"""The models as transformers sees them: the same stem, stack and head as a `SequenceModel`, with its calling convention.
+
+Parameters are named `model.stem`, `model.stack` and `lm_head` (or `score`), so that transformers' ways of loading one
+kind of head from another's checkpoint work. The computation is that of the layers; nothing is computed here but losses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.utils.generic import can_return_tuple
+
+from seqloom.core import BadInput, Info
+from seqloom.core.marks import NAME as MARKS
+from seqloom.core.marks import cast, marks
+from seqloom.generate import Piece
+from seqloom.hub.cache import SeqloomCache
+from seqloom.hub.config import SeqloomConfig
+from seqloom.hub.edge import across_samples, segments_of
+from seqloom.models.heads import PooledHead, TokenHead
+
+
+class SeqloomPreTrainedModel(PreTrainedModel):
+    config_class = SeqloomConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BlockLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+
+    # -- making and loading -------------------------------------------------------------------------------------
+    def post_init(self) -> None:
+        """Record what loading must keep: which parameters stay float32, and the marks that loading drops."""
+        kept = {name: marks(p) for name, p in self.named_parameters() if hasattr(p, MARKS)}
+        self._marks = kept
+        self._keep_in_fp32_modules_strict = {name for name, mark in kept.items() if mark["keep_float32"]}
+        super().post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Layers initialise themselves. What a checkpoint lacked is taken from a second model, made for that."""
+        missing = [name for name, p in module.named_parameters(recurse=False) if not _loaded(p)] if self._loading else []
+        if not missing:
+            return
+        if self._fresh is None:
+            self._fresh = type(self)(self.config)
+        path = next(path for path, each in self.named_modules() if each is module)
+        for name in missing:
+            source = self._fresh.get_parameter(f"{path}.{name}" if path else name)
+            module.get_parameter(name).data.copy_(source.data)
+
+    _loading, _fresh = False, None
+
+    def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
+        for each in self.modules():
+            if isinstance(each, SeqloomPreTrainedModel):
+                each._loading = True
+        try:
+            super()._initialize_missing_keys(*args, **kwargs)
+        finally:
+            for each in self.modules():
+                if isinstance(each, SeqloomPreTrainedModel):
+                    each._loading, each._fresh = False, None
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, from safetensors files only.
+
+        Raises: BadInput for a damaged file, and where pickled weights are asked for.
+        """
+        if kwargs.pop("use_safetensors", True) is False:
+            raise BadInput("weights are read from safetensors files only, and use_safetensors=False asks for pickled ones")
+        try:
+            found = super().from_pretrained(path, *args, use_safetensors=True, **kwargs)
+        except SafetensorError as error:
+            raise BadInput(f"{path} holds a damaged safetensors file ({error}); copy or save it again") from error
+        model = found[0] if isinstance(found, tuple) else found
+        model.renew_marks()
+        return found
+
+    def renew_marks(self) -> None:
+        """Put the marks back on parameters that were replaced while loading."""
+        for name, parameter in self.named_parameters():
+            if name in self._marks:
+                setattr(parameter, MARKS, self._marks[name])
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. Raises: BadInput if the folder cannot be made or written."""
+        if Path(save_directory).is_file():
+            raise BadInput(f"cannot save to {save_directory}: it is a file, and a folder is expected")
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    # -- what both worlds share ---------------------------------------------------------------------------------
+    @property
+    def _base(self) -> SeqloomModel:
+        return getattr(self, self.base_model_prefix, self)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self._base.stem
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self._base.stem = value
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None,
+                                mean_resizing: bool = True) -> nn.Module:
+        """A vocabulary of another size: new rows stand at the mean of the old ones, and the spec follows."""
+        stem, config = self.get_input_embeddings(), self.config
+        size = config.vocab_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of:
+            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        if size == config.vocab_size:
+            return stem
+        spec = config.spec
+        head = spec.head
+        grown = [stem]
+        if isinstance(head, TokenHead) and head.classes == config.vocab_size:
+            head = dataclasses.replace(head, classes=size)
+            if (output := self.get_output_embeddings()) is not None and output.weight is not stem.weight:
+                grown.append(output)
+        for layer in grown:
+            layer.weight = _rows(layer.weight, size)
+        config.set_spec(dataclasses.replace(spec, stem=dataclasses.replace(spec.stem, vocab=size), head=head))
+        for each in self.modules():
+            if isinstance(each, SeqloomPreTrainedModel):
+                each.config = config
+        self.tie_weights()
+        return stem
+
+
+def _loaded(parameter: Tensor) -> bool:
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
+def _rows(weight: nn.Parameter, size: int) -> nn.Parameter:
+    old = weight.data
+    more = old.mean(0, keepdim=True).expand(max(size - old.shape[0], 0), -1)
+    new = nn.Parameter(torch.cat([old[:size], more]), requires_grad=weight.requires_grad)
+    if hasattr(weight, MARKS):
+        setattr(new, MARKS, getattr(weight, MARKS))
+    return new
+
+
+@contextlib.contextmanager
+def _float32_made() -> Iterator[torch.dtype]:
+    """Layers are made in float32 and cast after, so that marked parameters keep their digits; gives the dtype asked for."""
+    asked = torch.get_default_dtype()
+    if asked in (torch.float16, torch.bfloat16):
+        torch.set_default_dtype(torch.float32)
+    try:
+        yield asked
+    finally:
+        torch.set_default_dtype(asked)
+
+
+def _made(build: Any, *args: Any) -> nn.Module:
+    with _float32_made() as dtype:
+        module = build(*args)
+        return cast(module, dtype) if dtype != torch.float32 else module
+
+
+class SeqloomModel(SeqloomPreTrainedModel):
+    """Stem and stack: hidden vectors [B, T, D]. `parts` are layers to use in place of new ones."""
+
+    def __init__(self, config: SeqloomConfig, parts: Any = None):
+        super().__init__(config)
+        spec = config.spec
+        self.stem = _made(spec.stem.build, spec.stack.dim) if parts is None else parts.stem
+        self.stack = _made(spec.stack.build) if parts is None else parts.stack
+        self.post_init()
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return self.stack.checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self.stack.checkpointing = value
+
+    @can_return_tuple
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                position_ids: Tensor | None = None, past_key_values: SeqloomCache | None = None,
+                inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
+                output_hidden_states: bool | None = None, segments: Tensor | None = None, seq_idx: Tensor | None = None,
+                cu_seq_lens_q: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPast:
+        """Exactly one of input_ids [B, T] and inputs_embeds [B, T, D]. Padding and packing: see `hub.edge.segments_of`;
+        `segments` [B, T] says it directly. hidden_states: what enters each block, and the output.
+
+        Raises: BadInput where these do not fit together.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise BadInput("give either input_ids or inputs_embeds, and not both")
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        cache, keep = self._cache(past_key_values, use_cache)
+        if segments is None:
+            segments = segments_of(
+                *tokens.shape[:2], attention_mask=attention_mask, position_ids=position_ids, cu_seq_lens=cu_seq_lens_q,
+                seq_idx=seq_idx, past=cache is not None and cache.get_seq_length() > 0, device=tokens.device,
+            )
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        collect: list[Tensor] | None = [] if wanted else None
+        piece = Piece(tokens, segments)
+        if cache is None:
+            hidden = self.stack(self._embed(tokens), info=piece.info, collect=collect).y
+        else:
+            hidden = self._continue(cache, piece, collect)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden, past_key_values=cache if keep else None,
+            hidden_states=None if collect is None else tuple(collect),
+        )
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return tokens if tokens.is_floating_point() else self.stem(tokens)
+
+    def _cache(self, given: Any, use_cache: bool | None) -> tuple[SeqloomCache | None, bool]:
+        """The cache to read and write, and whether to hand it out."""
+        if given is not None and not isinstance(given, SeqloomCache):
+            raise BadInput(
+                f"past_key_values must be a SeqloomCache, which holds the states of any mixer, found {type(given).__name__}; "
+                f"leave it out, or pass SeqloomCache()"
+            )
+        keep = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if not self.stack.spec.causal:
+            if given is not None:
+                raise BadInput("this model is not causal: it sees whole sequences, and takes no past_key_values")
+            return None, False
+        return SeqloomCache() if given is None and keep else given, keep or given is not None
+
+    def _continue(self, cache: SeqloomCache, piece: Piece, collect: list[Tensor] | None) -> Tensor:
+        """The hidden vectors of `piece`, after what the cache holds."""
+        outputs, layers = [], []
+        for part in cache.pieces(piece):
+            x = self._embed(part.tokens)
+            if cache.state is None and cache.capacity is not None:
+                cache.state = self.stack.init_state(x.shape[0], cache.capacity, x.dtype, x.device)
+            cache.before(part)
+            into: list[Tensor] | None = None if collect is None else []
+            y, state, _ = self.stack(x, state=cache.state, info=part.info, donate=cache.capacity is not None, collect=into)
+            cache.after(part, state)
+            outputs.append(y)
+            layers.append(into)
+        # what was read again stands before the new tokens
+        last = lambda parts: (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[:, -piece.length :]  # noqa: E731
+        if collect is not None:
+            collect.extend(last(list(level)) for level in zip(*layers, strict=True))
+        return last(outputs)
+
+
+class SeqloomForCausalLM(SeqloomPreTrainedModel, GenerationMixin):
+    """Next-token scores. `SeqloomForCausalLM.of(layer)` is a built `SequenceModel` in this form, sharing its parameters."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.stem.weight"}
+
+    def __init__(self, config: SeqloomConfig, parts: Any = None):
+        super().__init__(config)
+        spec = config.spec
+        if not spec.stack.causal:
+            at = next(i for i, block in enumerate(spec.stack.blocks) if not block.mixer.causal)
+            raise BadInput(f"a causal language model needs causal mixers, and block {at} ({spec.stack.blocks[at].mixer.key}) is not")
+        if not (isinstance(spec.head, TokenHead) and spec.head.classes == spec.stem.vocab):
+            config.set_head(TokenHead(classes=spec.stem.vocab))
+            parts = None if parts is None else parts.without_head
+        self.model = SeqloomModel(config, parts)
+        self.lm_head = _made(config.spec.head.build, config.hidden_size, self.model.stem) if parts is None else parts.head
+        self.post_init()
+
+    @classmethod
+    def of(cls, layer: Any, **settings: Any) -> Any:
+        """A built `SequenceModel` as this class; settings go to the configuration (id2label, eos_token_id, ..)."""
+        dtype = next((p.dtype for p in layer.parameters() if not marks(p)["keep_float32"]), None)
+        model = cls(SeqloomConfig.of(layer.spec, dtype=dtype, **settings), parts=layer)
+        return model.train(layer.training)
+
+    @can_return_tuple
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                position_ids: Tensor | None = None, past_key_values: SeqloomCache | None = None,
+                inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
+                output_hidden_states: bool | None = None, logits_to_keep: int | Tensor = 0,
+                segments: Tensor | None = None, seq_idx: Tensor | None = None, cu_seq_lens_q: Tensor | None = None,
+                **kwargs: Any) -> CausalLMOutputWithPast:
+        """labels [B, T] are shifted here: the score at t - 1 is for label t, and -100 is ignored, as is a label whose
+        previous token belongs to another sample. logits_to_keep: score the last n tokens (0: all), or the given places.
+        """
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if labels is not None and segments is None and tokens is not None:
+            segments = segments_of(
+                *tokens.shape[:2], attention_mask=attention_mask, position_ids=position_ids, cu_seq_lens=cu_seq_lens_q,
+                seq_idx=seq_idx, device=tokens.device,
+            )
+        out = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, output_hidden_states=output_hidden_states, segments=segments,
+            seq_idx=seq_idx, cu_seq_lens_q=cu_seq_lens_q, return_dict=True,
+        )
+        hidden = out.last_hidden_state
+        if isinstance(logits_to_keep, int):
+            hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+        else:
+            hidden = hidden[:, logits_to_keep]
+        logits, loss = self.lm_head(hidden), None
+        if labels is not None:
+            labels = across_samples(labels, segments)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+        )
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, generation_mode: Any = None,
+                                      batch_size: int | None = None, max_cache_length: int | None = None,
+                                      *args: Any) -> None:
+        """Put a `SeqloomCache` where transformers would put a cache of keys and values."""
+        kind = generation_config.cache_implementation
+        if model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"]._is_user_defined = True
+            return
+        if generation_config.use_cache is False:
+            return
+        if kind not in (None, "dynamic", "static"):
+            raise BadInput(f"cache_implementation {kind!r} is not for states; use None, 'dynamic' or 'static'")
+        cache = SeqloomCache(capacity=max_cache_length if kind == "static" else None)
+        assisted = "assisted" in str(getattr(generation_mode, "value", generation_mode))
+        if assisted or getattr(generation_config, "is_assistant", False):
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+
+
+class SeqloomForSequenceClassification(SeqloomPreTrainedModel):
+    """One answer per row, from its last real token (causal stacks) or the mean of its real tokens (others)."""
+
+    def __init__(self, config: SeqloomConfig):
+        super().__init__(config)
+        head = config.spec.head
+        if not (isinstance(head, PooledHead) and head.classes == config.num_labels):
+            pool = head.pool if isinstance(head, PooledHead) else "last" if config.causal else "mean"
+            config.set_head(PooledHead(classes=config.num_labels, pool=pool))
+        self.model = SeqloomModel(config)
+        self.score = _made(config.spec.head.build, config.hidden_size, self.model.stem)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                position_ids: Tensor | None = None, past_key_values: SeqloomCache | None = None,
+                inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
+                output_hidden_states: bool | None = None, segments: Tensor | None = None,
+                **kwargs: Any) -> SequenceClassifierOutputWithPast:
+        """labels [B] (or [B, classes] for several labels): the loss follows config.problem_type, as in transformers."""
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if segments is None and tokens is not None:
+            segments = segments_of(*tokens.shape[:2], attention_mask=attention_mask, device=tokens.device)
+        out = self.model(
+            input_ids=input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
+            output_hidden_states=output_hidden_states, segments=segments, return_dict=True,
+        )
+        logits = self.score(out.last_hidden_state, None if segments is None else segments != 0)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+        return SequenceClassifierOutputWithPast(
+            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+        )
+
+
+class SeqloomForTokenClassification(SeqloomPreTrainedModel):
+    """One answer per token."""
+
+    def __init__(self, config: SeqloomConfig):
+        super().__init__(config)
+        head = config.spec.head
+        if not (isinstance(head, TokenHead) and not head.tie and head.classes == config.num_labels):
+            config.set_head(TokenHead(classes=config.num_labels, tie=False))
+        self.model = SeqloomModel(config)
+        self.score = _made(config.spec.head.build, config.hidden_size, self.model.stem)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
+                output_hidden_states: bool | None = None, segments: Tensor | None = None, seq_idx: Tensor | None = None,
+                cu_seq_lens_q: Tensor | None = None, **kwargs: Any) -> TokenClassifierOutput:
+        """labels [B, T], -100 ignored."""
+        out = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
+            use_cache=False, output_hidden_states=output_hidden_states, segments=segments, seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q, return_dict=True,
+        )
+        logits, loss = self.score(out.last_hidden_state), None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
