@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -64,10 +63,3 @@ class SeqloomConfig(PreTrainedConfig):
         self.num_hidden_layers = len(spec.stack.blocks)
         self.num_attention_heads = max(getattr(block.mixer, "heads", 1) for block in spec.stack.blocks)
         self.tie_word_embeddings = isinstance(spec.head, TokenHead) and spec.head.tie
-
-    def set_head(self, head: TokenHead | PooledHead) -> None:
-        self.set_spec(dataclasses.replace(self.spec, head=head))
-
-    @property
-    def causal(self) -> bool:
-        return self.spec.stack.causal

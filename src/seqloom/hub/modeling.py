@@ -7,6 +7,7 @@ kind of head from another's checkpoint work. The computation is that of the laye
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,29 +51,17 @@ class SeqloomPreTrainedModel(PreTrainedModel):
         super().post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Layers initialise themselves. What a checkpoint lacked is taken from a second model, made for that."""
-        missing = [name for name, p in module.named_parameters(recurse=False) if not _loaded(p)] if self._loading else []
-        if not missing:
-            return
-        if self._fresh is None:
-            self._fresh = type(self)(self.config)
-        path = next(path for path, each in self.named_modules() if each is module)
-        for name in missing:
-            source = self._fresh.get_parameter(f"{path}.{name}" if path else name)
-            module.get_parameter(name).data.copy_(source.data)
-
-    _loading, _fresh = False, None
+        """Nothing: layers initialise themselves."""
 
     def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
-        for each in self.modules():
-            if isinstance(each, SeqloomPreTrainedModel):
-                each._loading = True
-        try:
-            super()._initialize_missing_keys(*args, **kwargs)
-        finally:
-            for each in self.modules():
-                if isinstance(each, SeqloomPreTrainedModel):
-                    each._loading, each._fresh = False, None
+        """What a checkpoint lacks was made without memory; it is copied from a second model, made for that."""
+        lacking = {name: value for name, value in _tensors(self).items() if not getattr(value, "_is_hf_initialized", False)}
+        if lacking:
+            fresh = _tensors(type(self)(self.config))
+            with torch.no_grad():
+                for name, value in lacking.items():
+                    value.copy_(fresh[name])
+        super()._initialize_missing_keys(*args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -102,7 +91,15 @@ class SeqloomPreTrainedModel(PreTrainedModel):
             raise BadInput(f"cannot save to {save_directory}: it is a file, and a folder is expected")
         return super().save_pretrained(save_directory, *args, **kwargs)
 
-    # -- what both worlds share ---------------------------------------------------------------------------------
+    # -- what all heads share -----------------------------------------------------------------------------------
+    def _segments(self, tokens: Tensor | None, *, segments: Tensor | None, past_key_values: Any = None,
+                  **said: Tensor | None) -> Tensor | None:
+        """The segments of a call, given or translated."""
+        if tokens is None or segments is not None:
+            return segments
+        past = isinstance(past_key_values, SeqloomCache) and past_key_values.get_seq_length() > 0
+        return segments_of(*tokens.shape[:2], past=past, device=tokens.device, **said)
+
     @property
     def _base(self) -> SeqloomModel:
         return getattr(self, self.base_model_prefix, self)
@@ -139,8 +136,8 @@ class SeqloomPreTrainedModel(PreTrainedModel):
         return stem
 
 
-def _loaded(parameter: Tensor) -> bool:
-    return getattr(parameter, "_is_hf_initialized", False)
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def _rows(weight: nn.Parameter, size: int) -> nn.Parameter:
@@ -168,6 +165,13 @@ def _made(build: Any, *args: Any) -> nn.Module:
     with _float32_made() as dtype:
         module = build(*args)
         return cast(module, dtype) if dtype != torch.float32 else module
+
+
+def _with_head(config: SeqloomConfig, head: TokenHead | PooledHead) -> SeqloomConfig:
+    """The configuration of the same stack under another head; the one given stays as it is."""
+    config = copy.deepcopy(config)
+    config.set_spec(dataclasses.replace(config.spec, head=head))
+    return config
 
 
 class SeqloomModel(SeqloomPreTrainedModel):
@@ -203,11 +207,10 @@ class SeqloomModel(SeqloomPreTrainedModel):
             raise BadInput("give either input_ids or inputs_embeds, and not both")
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         cache, keep = self._cache(past_key_values, use_cache)
-        if segments is None:
-            segments = segments_of(
-                *tokens.shape[:2], attention_mask=attention_mask, position_ids=position_ids, cu_seq_lens=cu_seq_lens_q,
-                seq_idx=seq_idx, past=cache is not None and cache.get_seq_length() > 0, device=tokens.device,
-            )
+        segments = self._segments(
+            tokens, segments=segments, past_key_values=cache, attention_mask=attention_mask, position_ids=position_ids,
+            seq_idx=seq_idx, cu_seq_lens=cu_seq_lens_q,
+        )
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         collect: list[Tensor] | None = [] if wanted else None
         piece = Piece(tokens, segments)
@@ -263,21 +266,26 @@ class SeqloomForCausalLM(SeqloomPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.stem.weight"}
 
     def __init__(self, config: SeqloomConfig, parts: Any = None):
-        super().__init__(config)
         spec = config.spec
         if not spec.stack.causal:
             at = next(i for i, block in enumerate(spec.stack.blocks) if not block.mixer.causal)
             raise BadInput(f"a causal language model needs causal mixers, and block {at} ({spec.stack.blocks[at].mixer.key}) is not")
         if not (isinstance(spec.head, TokenHead) and spec.head.classes == spec.stem.vocab):
-            config.set_head(TokenHead(classes=spec.stem.vocab))
-            parts = None if parts is None else parts.without_head
+            config = _with_head(config, TokenHead(classes=spec.stem.vocab))
+        super().__init__(config)
         self.model = SeqloomModel(config, parts)
         self.lm_head = _made(config.spec.head.build, config.hidden_size, self.model.stem) if parts is None else parts.head
         self.post_init()
 
     @classmethod
     def of(cls, layer: Any, **settings: Any) -> Any:
-        """A built `SequenceModel` as this class; settings go to the configuration (id2label, eos_token_id, ..)."""
+        """A built `SequenceModel` as this class; settings go to the configuration (eos_token_id, ..).
+
+        Raises: BadInput if its head does not score the vocabulary.
+        """
+        head = layer.spec.head
+        if not (isinstance(head, TokenHead) and head.classes == layer.spec.stem.vocab):
+            raise BadInput(f"a causal language model scores the {layer.spec.stem.vocab} tokens of its vocabulary, found {head}")
         dtype = next((p.dtype for p in layer.parameters() if not marks(p)["keep_float32"]), None)
         model = cls(SeqloomConfig.of(layer.spec, dtype=dtype, **settings), parts=layer)
         return model.train(layer.training)
@@ -292,16 +300,13 @@ class SeqloomForCausalLM(SeqloomPreTrainedModel, GenerationMixin):
         """labels [B, T] are shifted here: the score at t - 1 is for label t, and -100 is ignored, as is a label whose
         previous token belongs to another sample. logits_to_keep: score the last n tokens (0: all), or the given places.
         """
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        if labels is not None and segments is None and tokens is not None:
-            segments = segments_of(
-                *tokens.shape[:2], attention_mask=attention_mask, position_ids=position_ids, cu_seq_lens=cu_seq_lens_q,
-                seq_idx=seq_idx, device=tokens.device,
-            )
+        segments = self._segments(
+            input_ids if inputs_embeds is None else inputs_embeds, segments=segments, past_key_values=past_key_values,
+            attention_mask=attention_mask, position_ids=position_ids, seq_idx=seq_idx, cu_seq_lens=cu_seq_lens_q,
+        )
         out = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds, use_cache=use_cache, output_hidden_states=output_hidden_states, segments=segments,
-            seq_idx=seq_idx, cu_seq_lens_q=cu_seq_lens_q, return_dict=True,
+            input_ids=input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
+            output_hidden_states=output_hidden_states, segments=segments, return_dict=True,
         )
         hidden = out.last_hidden_state
         if isinstance(logits_to_keep, int):
@@ -339,11 +344,11 @@ class SeqloomForSequenceClassification(SeqloomPreTrainedModel):
     """One answer per row, from its last real token (causal stacks) or the mean of its real tokens (others)."""
 
     def __init__(self, config: SeqloomConfig):
-        super().__init__(config)
         head = config.spec.head
         if not (isinstance(head, PooledHead) and head.classes == config.num_labels):
-            pool = head.pool if isinstance(head, PooledHead) else "last" if config.causal else "mean"
-            config.set_head(PooledHead(classes=config.num_labels, pool=pool))
+            pool = head.pool if isinstance(head, PooledHead) else "last" if config.spec.stack.causal else "mean"
+            config = _with_head(config, PooledHead(classes=config.num_labels, pool=pool))
+        super().__init__(config)
         self.model = SeqloomModel(config)
         self.score = _made(config.spec.head.build, config.hidden_size, self.model.stem)
         self.post_init()
@@ -355,9 +360,10 @@ class SeqloomForSequenceClassification(SeqloomPreTrainedModel):
                 output_hidden_states: bool | None = None, segments: Tensor | None = None,
                 **kwargs: Any) -> SequenceClassifierOutputWithPast:
         """labels [B] (or [B, classes] for several labels): the loss follows config.problem_type, as in transformers."""
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        if segments is None and tokens is not None:
-            segments = segments_of(*tokens.shape[:2], attention_mask=attention_mask, device=tokens.device)
+        segments = self._segments(
+            input_ids if inputs_embeds is None else inputs_embeds, segments=segments, past_key_values=past_key_values,
+            attention_mask=attention_mask,
+        )
         out = self.model(
             input_ids=input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
             output_hidden_states=output_hidden_states, segments=segments, return_dict=True,
@@ -375,10 +381,10 @@ class SeqloomForTokenClassification(SeqloomPreTrainedModel):
     """One answer per token."""
 
     def __init__(self, config: SeqloomConfig):
-        super().__init__(config)
         head = config.spec.head
         if not (isinstance(head, TokenHead) and not head.tie and head.classes == config.num_labels):
-            config.set_head(TokenHead(classes=config.num_labels, tie=False))
+            config = _with_head(config, TokenHead(classes=config.num_labels, tie=False))
+        super().__init__(config)
         self.model = SeqloomModel(config)
         self.score = _made(config.spec.head.build, config.hidden_size, self.model.stem)
         self.post_init()

@@ -53,11 +53,11 @@ def train(config: TrainConfig, *, spec: SequenceModel | None = None, corpus: Cor
     Raises: BadInput for what cannot be trained; FailedRun when loss or gradient is not finite, or saving fails.
     """
     accelerator = Accelerator(mixed_precision=config.precision)
-    resumed = None
+    facts: dict[str, Any] | None = None
     if config.resume is not None:
-        config, spec, resumed = _resume(config)
+        config, spec, facts = _resume(config)
     out = config.out
-    if resumed is None:
+    if facts is None:
         _claim(out)
     torch.manual_seed(config.seed)
     if corpus is None:
@@ -76,16 +76,18 @@ def train(config: TrainConfig, *, spec: SequenceModel | None = None, corpus: Cor
     optimiser = adamw(trainee, lr=config.lr, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2))
     trainee, optimiser = accelerator.prepare(trainee, optimiser)
     run = _Run(config, accelerator, trainee, optimiser, model, corpus)
-    if resumed is None:
-        steps = run.plan(say)
-        facts = {"steps": steps, "elapsed": 0.0}
+    start = 0
+    if facts is None:
+        facts = {"steps": run.plan(say)}
         if accelerator.is_main_process:
             record = {"config": _plain(config), **pack(spec, KINDS), "facts": facts}
-            (out / RUN).write_text(json.dumps(record, indent=1) + "\n")
-        start = 0
+            draft = out / f".{RUN}"
+            draft.write_text(json.dumps(record, indent=1) + "\n")
+            draft.replace(out / RUN)
     else:
-        facts = resumed.facts
-        start = checkpoint.restore(resumed, trainee, optimiser)
+        found = checkpoint.latest(out / "checkpoints")
+        if found is not None:
+            start = checkpoint.restore(found, trainee, optimiser)
         say(f"resuming at step {start} of {facts['steps']}")
     losses, seconds, tokens = run.steps(start, facts, progress)
     score = evaluate(model, corpus, context=config.context) if len(corpus.held) > 1 else None
@@ -201,19 +203,16 @@ class _Run:
                          "a lower --lr or --clip may help")
 
 
-def _resume(config: TrainConfig) -> tuple[TrainConfig, SequenceModel, checkpoint.Checkpoint]:
-    """Settings, model and checkpoint of an earlier run."""
+def _resume(config: TrainConfig) -> tuple[TrainConfig, SequenceModel, dict[str, Any]]:
+    """Settings, model and facts of an earlier run; one that was killed before its first checkpoint begins at step 0."""
     folder = config.resume
     path = folder / RUN
     if not path.is_file():
         raise BadInput(f"{folder} holds no run to resume: {RUN} is missing")
     stored = json.loads(path.read_text())
-    found = checkpoint.latest(folder / "checkpoints")
-    if found is None:
-        raise BadInput(f"{folder} has no complete checkpoint yet; train again without --resume, into another --out or after removing it")
     fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
     values = {name: _typed(value, fields[name]) for name, value in stored["config"].items() if name in fields}
-    return TrainConfig(**{**values, "out": folder, "resume": None}), unpack(stored, KINDS, str(path)), found
+    return TrainConfig(**{**values, "out": folder, "resume": None}), unpack(stored, KINDS, str(path)), stored["facts"]
 
 
 def _typed(value: Any, field: dataclasses.Field) -> Any:
