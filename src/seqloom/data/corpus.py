@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,6 +109,10 @@ class Corpus:
                 learnt = True if self.held.learnt is None else self.held.learnt[ahead]
                 targets[row, : right - left] = np.where(same & learnt, held[ahead], IGNORE)
             yield TextBatch(*map(torch.from_numpy, (ids, targets, segments)))
+
+    def scored_whole(self) -> Corpus:
+        """The same with everything held out: for scoring a model on data it was not trained on."""
+        return replace(self, held=self.train)
 
     @property
     def _start(self) -> int:

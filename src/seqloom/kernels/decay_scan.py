@@ -24,9 +24,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seqloom.core.mixer import accumulator
-from seqloom.core.scan import carry
 from seqloom.core.segments import Segments
 from seqloom.core.state import Mixed
+
+
+SPAN = 64  # elements that a loop over states walks through, longer stretches of them side by side
 
 
 def step(state: Float[Tensor, "b h k v"], q: Float[Tensor, "b g k"], k: Float[Tensor, "b g k"],
@@ -180,7 +182,7 @@ class _Heads(torch.autograd.Function):
             r = whole.shape[3]
             scores = _scores(q, k, weight, same, diagonal)
             write = k.mT @ _scale(v, until)
-            before, new = _carry(whole, write, start)
+            before, new = _carry(_over(whole, write), write, start)
             y = _scale_(q @ before, since)
             _by_head(y, r).add_(scores.mT @ _by_head(v, r))
         ctx.save_for_backward(q, k, v, log_a, before, same, reads)
@@ -197,7 +199,7 @@ class _Heads(torch.autograd.Function):
             r = whole.shape[3]
             late, early = _scale(dy, since), _scale(v, until)
             # the adjoint of the state that leaves each chunk runs from the end
-            after, dstart = _carry(whole.flip(1), (q.mT @ late).flip(1), dnew)
+            after, dstart = _carry(_over(whole, before).flip(1), (q.mT @ late).flip(1), dnew)
             after = after.flip(1)
             v_heads, dy_heads = _by_head(v, r).contiguous(), _by_head(dy, r).contiguous()
             scores = _scores(q, k, weight, same, ctx.diagonal)
@@ -271,18 +273,40 @@ def _scale_(x: Tensor, weight: Tensor | None) -> Tensor:
     return x
 
 
+def _over(whole: Tensor, states: Tensor) -> Tensor:
+    """whole [b n g r 1] as what multiplies states [b n g k (r v)]."""
+    r, heads = whole.shape[3], states.shape[-1]
+    row = whole.expand(*states.shape[:3], r, heads // r).flatten(-2)[..., None, :]
+    return row
+
+
 def _by_head(x: Tensor, r: int) -> Tensor:
     """x [b n g c (r v)] as [b n g r c v], a view."""
     return x.unflatten(-1, (r, -1)).transpose(-2, -3)
 
 
-def _carry(whole: Tensor, write: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """States [b n g k (r v)] that enter each chunk, and the last; whole [b n g r 1] is what a chunk leaves of a state."""
-    r = whole.shape[3]
-    batch, n = write.shape[:2]
-    decay = whole.expand(batch, n, *whole.shape[2:])[..., None, :, :]
-    before, new = carry(decay, write.unflatten(-1, (r, -1)), start.unflatten(-1, (r, -1)))
-    return before.flatten(-2), new.flatten(-2)
+def _carry(decay: Tensor, write: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """States [b n ..] of h_i = decay_i h_{i-1} + write_i before each element, and the last one; spends `write`."""
+    _advance(decay, write, start)
+    return torch.cat([start[:, None], write[:, :-1]], 1), write[:, -1].clone()
+
+
+def _advance(decay: Tensor, h: Tensor, start: Tensor) -> None:
+    """Writes [b n ..] to states, in place: `core.scan.carry` where no gradient is traced, in a third of its time."""
+    n = h.shape[1]
+    if n <= SPAN:
+        for i in range(n):
+            h[:, i].addcmul_(decay[:, i], h[:, i - 1] if i else start)
+        return
+    whole = n - n % SPAN
+    inside, a = (x[:, :whole].unflatten(1, (-1, SPAN)) for x in (h, decay))
+    for i in range(1, SPAN):
+        inside[:, :, i].addcmul_(a[:, :, i], inside[:, :, i - 1])
+    since, ends = a.cumprod(2), inside[:, :, -1].clone()
+    _advance(since[:, :, -1], ends, start)
+    inside.addcmul_(since, torch.cat([start[:, None], ends[:, :-1]], 1)[:, :, None])
+    if whole < n:
+        _advance(decay[:, whole:], h[:, whole:], ends[:, -1])
 
 
 class _Channels(torch.autograd.Function):
@@ -301,7 +325,7 @@ class _Channels(torch.autograd.Function):
             if same is not None:
                 scores = torch.where(same[:, :, None], scores, 0.0)
                 late, early, whole = _bound(late, early, whole, same, reads)
-            before, new = carry(whole[..., None], early.mT @ v, start)
+            before, new = _carry(whole[..., None], early.mT @ v, start)
             y = (scores @ v).add_(late @ before)
         ctx.save_for_backward(q, k, v, log_a, before, same, reads)
         ctx.diagonal = diagonal
@@ -318,7 +342,7 @@ class _Channels(torch.autograd.Function):
             if same is not None:
                 scores = torch.where(same[:, :, None], scores, 0.0)
                 late, early, whole = _bound(late, early, whole, same, reads)
-            after, dstart = carry(whole.flip(1)[..., None], (late.mT @ dy).flip(1), dnew)
+            after, dstart = _carry(whole.flip(1)[..., None], (late.mT @ dy).flip(1), dnew)
             after = after.flip(1)
             dv = (scores.mT @ dy).add_(early @ after)
             dscores = dy @ v.mT

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from seqloom.core.mixer import accumulator
 from seqloom.core.scan import carry, scan
@@ -81,14 +82,43 @@ def _within(u: Tensor, k: Tensor, back: Tensor | None, segments: Segments | None
 
 
 def _fft(u: Float[Tensor, "b t d"], k: Float[Tensor, "d l"], back: Tensor | None) -> Float[Tensor, "b t d"]:
-    tokens = u.shape[1]
+    tokens, compiling = u.shape[1], torch.compiler.is_compiling()
     k = k[:, :tokens]
-    size = 2 * tokens if torch.compiler.is_compiling() else _smooth(2 * tokens)
+    size = 2 * tokens if compiling else _smooth(2 * tokens)
     if back is not None:  # lag -1 stands at the very end of the period
         back = back[:, : tokens - 1]
         k = F.pad(k, (0, size - k.shape[1])) + F.pad(back.flip(1), (size - back.shape[1], 0))
+    if not compiling:
+        return _Periodic.apply(u, k, size)
     product = torch.fft.rfft(u.transpose(1, 2), n=size) * torch.fft.rfft(k, n=size)
     return torch.fft.irfft(product, n=size)[..., :tokens].transpose(1, 2)
+
+
+class _Periodic(torch.autograd.Function):
+    """The first T values of the convolution of u [B, T, D] and k [D, L] with a period of `size` >= T, L.
+
+    Autograd of a real transform is a complex one of twice the work. Here every transform back is real as well.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, k: Tensor, size: int) -> Tensor:
+        u_hat = torch.fft.rfft(u.transpose(1, 2), n=size)
+        k_hat = torch.fft.rfft(k, n=size)
+        ctx.save_for_backward(u_hat, k_hat)
+        ctx.size, ctx.tokens, ctx.length = size, u.shape[1], k.shape[1]
+        return torch.fft.irfft(u_hat * k_hat, n=size)[..., : u.shape[1]].transpose(1, 2).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        u_hat, k_hat = ctx.saved_tensors
+        g_hat = torch.fft.rfft(gradient.transpose(1, 2), n=ctx.size)
+        d_u = d_k = None
+        if ctx.needs_input_grad[0]:
+            d_u = torch.fft.irfft(g_hat * k_hat.conj(), n=ctx.size)[..., : ctx.tokens].transpose(1, 2).contiguous()
+        if ctx.needs_input_grad[1]:
+            d_k = torch.fft.irfft((g_hat * u_hat.conj()).sum(0), n=ctx.size)[..., : ctx.length]
+        return d_u, d_k, None
 
 
 def _smooth(size: int) -> int:
@@ -175,28 +205,26 @@ def parallel(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor, c: Tensor, 
     """By FFT. The kernel and the final state are matrix products of two short tables of powers."""
     tokens, wide = u.shape[1], accumulator(u.dtype)
     with _full_precision(u):
-        y = _within(u.to(wide), kernel(tokens, log_a=log_a, b=b, c=c), None, segments)
-        if segments is None:
-            source, place, run = None, None, None
-            count = torch.full_like(u[:, 0, 0], tokens, dtype=torch.int64)
-            line = u
-        else:
-            source, place, run = _together(segments)
-            line, count = take(segments.hold(u), source), segments.real.sum(1)
+        line = u.to(wide)
+        y = _within(line, kernel(tokens, log_a=log_a, b=b, c=c), None, segments)
         # the final state sums the last run: its tokens are moved to the end, where token T - 1 - l has power l
-        at = torch.arange(tokens, device=u.device) + (count - tokens)[:, None]
-        if run is not None:
+        if segments is not None:
+            source, place, run = _together(segments)
+            count = segments.real.sum(1)
+            at = torch.arange(tokens, device=u.device) + (count - tokens)[:, None]
             mine = (at >= 0) & (run.gather(1, at.clamp(min=0)) == run[:, -1:])
-            line = torch.where(mine[..., None], take(line, at.clamp(min=0)), 0.0)
-        last = _complex(_summary(line, log_a=log_a, b=b))
+            line = torch.where(mine[..., None], take(segments.hold(line), source.gather(1, at.clamp(min=0))), 0.0)
+        last = _summary(line, log_a=log_a, b=b)
         if state is not None:
             h = _complex(state)
             read = _readout(h, tokens, log_a=log_a, c=c)
-            if run is not None:
+            if segments is None:
+                last = last + h * _exp(log_a, tokens)
+            else:
                 read = segments.hold(take(torch.where((run == 0)[..., None], read, 0.0), place))
+                goes_on = (run[:, -1] == 0)[:, None, None]
+                last = last + torch.where(goes_on, h * _exp(log_a, count[:, None, None]), 0.0)
             y = y + read
-            kept = h * torch.exp(log_a * count.to(log_a.real.dtype)[:, None, None])
-            last = last + (kept if run is None else torch.where((run[:, -1] == 0)[:, None, None], kept, 0.0))
     return Mixed(y.to(u.dtype), torch.view_as_real(last))
 
 
@@ -228,28 +256,28 @@ def chunked(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor, c: Tensor, s
         run = rearrange(torch.cat([run, run[:, -1:].expand(-1, extra)], 1), "b (m r) -> m b r", r=size)
     with _full_precision(u):
         x = _chunks(F.pad(u.to(wide), (0, 0, 0, extra)), size)
-        power = _powers(log_a, size + 1)
-        write, read = _pairs(b[..., None] * power[..., :size].flip(-1)), _rows(c[..., None] * power)
-        k = (torch.view_as_real(b).flatten(-2)[..., None] * read[..., : size - delay]).sum(1)
-        k = F.pad(k, (delay, 0))
+        write = _writes(log_a, b, size)
+        read = _reads(log_a, c if delay else c * _exp(log_a, 1), size)
+        own = torch.zeros_like(b.real[:, :1]) if delay else 2 * (b * c).real.sum(-1, keepdim=True)
+        k = torch.cat([own, (torch.view_as_real(b).flatten(-2)[:, None] * read[:, :-1]).sum(-1)], 1)
 
-        entering, kept, decay = None, x, power[:, None, None, :, size]
+        entering, kept, decay = None, x, _exp(log_a, size)[:, None, None]
         if run is not None:
             last = run[..., -1]
             entering = F.pad(last, (0, 0, 1, 0))[:-1]  # the count of boundaries before each chunk, [m b]
             kept = torch.where((run == last[..., None]).flatten(0, 1), x, 0.0)
             decay = torch.where((last == entering)[..., None], decay, 0.0)
         start = (_nothing(u, log_a) if state is None else state).transpose(0, 1)
-        writes = rearrange(_columns(kept @ write), "d (m b) n -> d m b n", b=batch)
+        writes = _columns(kept @ write).unflatten(1, (-1, batch))
         before, _ = carry(decay.expand(-1, writes.shape[1], -1, -1), writes, _complex(start))
-        y = rearrange(torch.view_as_real(before), "d m b n two -> d (m b) (n two)") @ read[..., 1 - delay : size + 1 - delay]
+        y = torch.view_as_real(before).flatten(-2).flatten(1, 2) @ read.transpose(1, 2)
         if run is None:
             y = torch.baddbmm(y, x, _triangle(k))
         else:
             y = torch.where((run == entering[..., None]).flatten(0, 1), y, 0.0)
             y = y + _masked_toeplitz(x, k, run.flatten(0, 1))
         y = _tokens(y, batch)[:, :tokens].to(u.dtype)
-        final = _final(x, before, run, entering, write, power, segments, tokens, state)
+        final = _final(x, before, run, entering, write, log_a, segments, tokens, state)
     return Mixed(y if segments is None else segments.hold(take(y, place)), final)
 
 
@@ -266,43 +294,41 @@ def chunked_bidirectional(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor
 def kernel(tokens: int, *, log_a: Complex[Tensor, "d n"], b: Complex[Tensor, "d n"],
            c: Complex[Tensor, "d n"]) -> Float[Tensor, "d t"]:
     """k_l = 2 Re sum_n c_n b_n Abar_n^l for l < T: with l = q r + s, one product of [T / r, 2N] with [2N, r] a channel."""
-    return _readout(b[None], tokens, log_a=log_a, c=c, first=0)[0].T
+    size = min(CHUNK, tokens)
+    far = _powers(log_a * size, b, -(-tokens // size))
+    return (torch.view_as_real(far).flatten(-2) @ _reads(log_a, c, size).transpose(1, 2)).flatten(1)[:, :tokens]
 
 
 # Pieces -----------------------------------------------------------------------------------------------------------
 
-def _readout(h: Complex[Tensor, "b d n"], tokens: int, *, log_a: Tensor, c: Tensor, first: int = 1) -> Float[Tensor, "b t d"]:
-    """What a state gives to the T tokens after it, y_t = 2 Re(c' Abar^(t+1) h) for t = 0 .. T - 1; `first` is the 1."""
+def _readout(h: Complex[Tensor, "b d n"], tokens: int, *, log_a: Tensor, c: Tensor) -> Float[Tensor, "b t d"]:
+    """What a state gives to the T tokens after it, y_t = 2 Re(c' Abar^(t+1) h) for t = 0 .. T - 1."""
     size = min(CHUNK, tokens)
-    many = -(-tokens // size)
-    near = _rows(c[..., None] * _powers(log_a, size + first)[..., first:])
-    far = torch.view_as_real(einsum(h, _powers(log_a * size, many), "b d n, d n m -> d b m n"))
-    y = rearrange(far, "d b m n two -> d (b m) (n two)") @ near
-    return rearrange(y, "d (b m) r -> b (m r) d", m=many)[:, :tokens]
+    far = _powers(log_a * size, torch.ones_like(c), -(-tokens // size))[:, :, None] * h.transpose(0, 1)[:, None]
+    y = torch.view_as_real(far).flatten(-2).flatten(1, 2) @ _reads(log_a, c * _exp(log_a, 1), size).transpose(1, 2)
+    return _tokens(y, h.shape[0])[:, :tokens]
 
 
-def _summary(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor) -> Float[Tensor, "b d n 2"]:
+def _summary(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor) -> Complex[Tensor, "b d n"]:
     """The state after T tokens from nothing: sum_t Abar^(T-1-t) b u_t."""
     tokens = u.shape[1]
     size = min(CHUNK, tokens)
     many = -(-tokens // size)
-    x = F.pad(u.to(log_a.real.dtype), (0, 0, many * size - tokens, 0))
-    x = rearrange(x, "b (m r) d -> d (b m) r", r=size)
-    write = _pairs(b[..., None] * _powers(log_a, size).flip(-1))
-    part = rearrange(_columns(x @ write), "d (b m) n -> d b m n", m=many)
-    far = _powers(log_a * size, many).flip(-1)
-    return torch.view_as_real(einsum(part, far, "d b m n, d n m -> b d n"))
+    x = _chunks(F.pad(u, (0, 0, many * size - tokens, 0)), size)
+    part = _columns(x @ _writes(log_a, b, size)).unflatten(1, (many, -1))
+    far = _powers(log_a * size, torch.ones_like(b), many, reverse=True)
+    return (part * far[:, :, None]).sum(1).transpose(0, 1)
 
 
 def _final(x: Float[Tensor, "d mb r"], before: Complex[Tensor, "d m b n"], run: Int[Tensor, "m b r"] | None,
-           entering: Int[Tensor, "m b"] | None, write: Float[Tensor, "d r 2n"], power: Complex[Tensor, "d n l"],
+           entering: Int[Tensor, "m b"] | None, write: Float[Tensor, "d r 2n"], log_a: Complex[Tensor, "d n"],
            segments: Segments | None, tokens: int, state: Tensor | None) -> Float[Tensor, "b d n 2"]:
     """The state after each row's last real token: the state that enters that token's chunk, and the writes up to it."""
     size, (many, batch) = x.shape[-1], before.shape[1:3]
     if run is None:
         left = tokens - (many - 1) * size  # tokens in the last chunk
         h = _columns(x[:, -batch:, :left] @ write[:, size - left :])
-        return torch.view_as_real((h + power[:, None, :, left] * before[:, -1]).transpose(0, 1))
+        return torch.view_as_real((h + _exp(log_a, left)[:, None] * before[:, -1]).transpose(0, 1))
     count = segments.real.sum(1)
     mine = (count - 1).clamp(min=0) // size
     left = count - mine * size  # 1 .. size; 0 where the row holds no token
@@ -312,10 +338,9 @@ def _final(x: Float[Tensor, "d mb r"], before: Complex[Tensor, "d m b n"], run: 
     at = torch.arange(size, device=count.device) - size + left[:, None]
     here = (at >= 0) & (run[mine, row].gather(1, at.clamp(min=0)) == last[:, None])
     line = x[:, mine * batch + row].gather(-1, at.clamp(min=0).expand(x.shape[0], -1, -1))
-    h = _columns(torch.where(here, line, 0.0) @ write)  # [d b n]
-    goes_on = (last == entering[mine, row])[:, None]
-    h = h + torch.where(goes_on, power.permute(0, 2, 1)[:, left] * before[:, mine, row], 0.0)
-    h = torch.view_as_real(h.transpose(0, 1))
+    h = _columns(torch.where(here, line, 0.0) @ write).transpose(0, 1)
+    entered = before[:, mine, row].transpose(0, 1) * _exp(log_a, left[:, None, None])
+    h = torch.view_as_real(h + torch.where((last == entering[mine, row])[:, None, None], entered, 0.0))
     old = torch.zeros_like(h) if state is None else state
     return torch.where((count > 0)[:, None, None, None], h, old)
 
@@ -386,26 +411,34 @@ def _triangle(k: Float[Tensor, "d r"]) -> Float[Tensor, "d r r"]:
     return F.pad(k, (size - 1, 0)).unfold(-1, size, 1).flip(1)
 
 
-def _powers(log_a: Complex[Tensor, "d n"], count: int) -> Complex[Tensor, "d n l"]:
-    """Abar^l for l < count. Each is a product of two exponentials, so that there are 2 sqrt(count) of them to take."""
+def _exp(log_a: Complex[Tensor, "..."], times: int | Tensor) -> Complex[Tensor, "..."]:
+    """Abar^times. By magnitude and angle, which vectorises where a complex exponential does not."""
+    return torch.polar((log_a.real * times).exp(), log_a.imag * times)
+
+
+def _powers(log_a: Complex[Tensor, "d n"], scale: Complex[Tensor, "d n"], count: int,
+            reverse: bool = False) -> Complex[Tensor, "d l n"]:
+    """scale Abar^l for l < count, or in reverse order. Each is a product of two exponentials, so that only
+    2 sqrt(count) are taken; a longer product would lose digits."""
     size = 1
     while size * size < count:
         size *= 2
     many = -(-count // size)
-    index = torch.arange(max(size, many), device=log_a.device)
-    near = torch.exp(log_a[..., None] * index[:size])
-    far = torch.exp((log_a * size)[..., None] * index[:many])
-    return (far[..., None] * near[..., None, :]).flatten(-2)[..., :count]
+    near = _exp(log_a[:, None], torch.arange(size, device=log_a.device)[:, None])
+    far = scale[:, None] * _exp((log_a * size)[:, None], torch.arange(many, device=log_a.device)[:, None])
+    if reverse:
+        return (far.flip(1)[:, :, None] * near.flip(1)[:, None]).flatten(1, 2)[:, size * many - count :]
+    return (far[:, :, None] * near[:, None]).flatten(1, 2)[:, :count]
 
 
-def _pairs(x: Complex[Tensor, "d n r"]) -> Float[Tensor, "d r m"]:
-    """[D, R, 2N]: columns that write real and imaginary parts, side by side."""
-    return rearrange(torch.view_as_real(x), "d n r two -> d r (n two)")
+def _writes(log_a: Complex[Tensor, "d n"], b: Complex[Tensor, "d n"], size: int) -> Float[Tensor, "d r 2n"]:
+    """What each of `size` tokens adds to the state after the last: b Abar^(size-1-j), real and imaginary side by side."""
+    return torch.view_as_real(_powers(log_a, b, size, reverse=True)).flatten(-2)
 
 
-def _rows(x: Complex[Tensor, "d n r"]) -> Float[Tensor, "d m r"]:
-    """[D, 2N, R]: rows that read 2 Re(x' h) from real and imaginary parts, side by side."""
-    return rearrange(torch.view_as_real(2 * x.conj()), "d n r two -> d (n two) r")
+def _reads(log_a: Complex[Tensor, "d n"], c: Complex[Tensor, "d n"], size: int) -> Float[Tensor, "d r 2n"]:
+    """What each of `size` tokens reads: 2 Re(c' Abar^i h) as a real product with h's parts side by side."""
+    return torch.view_as_real(_powers(torch.complex(log_a.real, -log_a.imag), torch.complex(2 * c.real, -2 * c.imag), size)).flatten(-2)
 
 
 def _together(segments: Segments) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"], Int[Tensor, "b t"]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 
-from seqloom.core import BadInput, Budget
+from seqloom.core import BadInput, Budget, near
+from seqloom.data import prepare
 from seqloom.models.backbone import Stack
 from seqloom.models.presets import stack_of
 from seqloom.models.sequence import SequenceModel, language_model
@@ -23,6 +25,7 @@ from seqloom.parts import SwiGLU
 from seqloom.study.digest import commit, machine
 from seqloom.study.fit import count_parameters, fit, model_for
 from seqloom.tasks import TASKS, TokenTask
+from seqloom.train import TrainConfig, train
 
 TOLERANCE = 0.02
 
@@ -100,8 +103,6 @@ def compare_on_task(mixers: list[str], task: str | TokenTask, *, dim: int = 64, 
     """Arms named by mixer (or a pattern "a+b") on a generated task; the best rate of the budget is taken per arm."""
     if isinstance(task, str):
         if task not in TASKS:
-            from seqloom.core import near
-
             raise BadInput(f"no task {task!r}; {near(task, TASKS)}")
         task = TASKS[task]()
     stacks = {name: stack_of(tuple(name.split("+")), dim=dim, layers=layers) for name in mixers}
@@ -206,3 +207,37 @@ def plot(comparison: Comparison, folder: Path) -> list[Path]:
         figure.savefig(path, dpi=150)
     plt.close(figure)
     return paths
+
+
+def compare_on_text(mixers: list[str], data: str, *, out: Path, dim: int = 128, layers: int = 3, vocab: int = 2048, context: int = 256,
+                    batch: int = 8, steps: int = 200, lr: float = 2e-3, seeds: int = 2, column: str | None = None,
+                    say: Callable[[str], None] = lambda text: None) -> Comparison:
+    """Arms named by mixer (or a pattern "a+b") as language models on the same files, windows and steps: bits per byte held out.
+
+    Every run is a process of its own, so that peak memory is that run's.
+    """
+    corpus = prepare(data, out / "data", column=column, vocab=vocab)
+    stacks = {name: stack_of(tuple(name.split("+")), dim=dim, layers=layers) for name in mixers}
+    specs = equalise(stacks, vocab=corpus.vocab)
+    # seeds in the outer loop: a machine's drift falls on all arms alike
+    work = [
+        (name, specs[name], TrainConfig(data=data, column=column, vocab=vocab, out=out / "runs" / f"{name}-{seed}", context=context, batch=batch,
+                                        steps=steps, lr=lr, seed=seed, save_every=0), out / "data")
+        for seed in range(seeds) for name in mixers
+    ]
+    rows = []
+    with _executor(1) as pool:
+        for row in pool.map(_train_row, work):
+            say(f"{row.mixer}, seed {row.seed}: {row.score:.4f} bits per byte, {row.tokens_per_second:,.0f} tokens/s")
+            rows.append(row)
+    arms = tuple(_arm(name, specs[name], [row for row in rows if row.mixer == name], context) for name in mixers)
+    return Comparison("bits per byte", True, context, arms)
+
+
+def _train_row(work: tuple) -> RunRow:
+    name, spec, config, data = work
+    corpus = prepare(config.data, data, column=config.column, vocab=config.vocab)
+    if (config.out / "run.json").exists():  # a comparison that was stopped is begun anew, run by run
+        shutil.rmtree(config.out)
+    result = train(config, spec=spec, corpus=corpus, progress=False)
+    return RunRow(name, config.seed, result.score.bits_per_byte, result.tokens_per_second, peak_memory())

@@ -215,6 +215,14 @@ def _resume(config: TrainConfig) -> tuple[TrainConfig, SequenceModel, dict[str, 
     return TrainConfig(**{**values, "out": folder, "resume": None}), unpack(stored, KINDS, str(path)), stored["facts"]
 
 
+def stored_corpus(folder: Path) -> tuple[Corpus, TrainConfig]:
+    """The corpus and settings of the run in `folder`."""
+    if not (folder / RUN).is_file():
+        raise BadInput(f"{folder} holds no run, so nothing was held out there; say what to score with --data")
+    config, _, _ = _resume(TrainConfig(resume=folder))
+    return prepare(config.data, folder / "data", column=config.column, vocab=config.vocab, share=config.held_out), config
+
+
 def _typed(value: Any, field: dataclasses.Field) -> Any:
     if isinstance(value, list):
         return tuple(value)
