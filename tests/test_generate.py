@@ -105,6 +105,14 @@ def test_memory_of_a_constant_state_does_not_grow_and_stays_where_it_is(name):
     assert [leaf.data_ptr() for leaf in st.leaves(decoder.state)] == places
 
 
+def test_a_prompt_is_read_in_pieces_of_fixed_length(model):
+    lengths = []
+    model.stack.blocks[0].register_forward_pre_hook(lambda block, args: lengths.append(args[0].shape[1]))
+    decoder = Decoder(model, chunk=16, ring=Ring(every=4))
+    decoder.read(prompt(100))
+    assert lengths == [16] * 6 + [4]
+
+
 def test_memory_of_a_growing_state_is_taken_once(model):
     decoder = Decoder(model, capacity=64)
     places = [leaf.data_ptr() for leaf in st.leaves(decoder.state)]
@@ -214,6 +222,8 @@ def test_bad_prompts_are_refused():
         stream(model, torch.zeros(1, 0, dtype=torch.int64))
     with pytest.raises(BadInput, match=f"token {VOCAB}, and the model knows tokens 0 to {VOCAB - 1}"):
         stream(model, [1, VOCAB])
+    with pytest.raises(BadInput, match="pad prompts on the left"):
+        next(stream(model, torch.tensor([[1, 0]]), segments=torch.tensor([[1, 0]])))
     both = Block(mixer=LinearAttention(heads=2, direction="bidirectional"))
     with pytest.raises(BadInput, match="not causal"):
         stream(language_model(vocab=9, stack=Stack(dim=32, blocks=(both,))).build(), [1])

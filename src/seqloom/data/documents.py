@@ -1,206 +1,300 @@
 """Documents from the user's files: text, jsonl, csv, parquet, folders, data sets of the hub, the standard library.
 
-A document has a name, which decides whether it is held out, and parts: stretches of text that are learnt from or only read
-(the prompt of a completion, the user's turns of a chat).
+A document is what is held out or trained on as a whole, and never sees another. Its parts are stretches of text that are
+learnt from or only read (the prompt of a completion, the user's turns of a chat). Files are read in pieces, never whole
+where they are large, so that data larger than memory streams.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seqloom.core import BadInput, near, require_extra
+import numpy as np
 
-TEXT = {".txt", ".md", ".rst", ".py", ".c", ".h", ".js", ".ts", ".html", ".css", ".json", ".yaml", ".yml", ".toml", ".tex", ".log", ".sh"}
-TABLES = {".jsonl", ".csv", ".parquet"}
-PIECE = 8192  # characters: a single text file is cut at blank lines into documents of about this size
-STDLIB_SKIP = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "lib2to3", "idle_test"}
+from seqloom.core import BadInput, near, require_extra
+from seqloom.data.chat import chat_parts
+
+TEXT = {
+    ".txt", ".text", ".md", ".rst", ".tex", ".log", ".org", ".adoc", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu",
+    ".rs", ".go", ".java", ".kt", ".swift", ".js", ".jsx", ".ts", ".tsx", ".rb", ".php", ".pl", ".lua", ".r", ".jl", ".hs",
+    ".ml", ".scala", ".sql", ".sh", ".html", ".xml", ".css", ".json", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".srt", ".vtt",
+    ".fasta", ".fa",
+}
+TABLES = {".jsonl", ".csv", ".tsv", ".parquet"}
+PIECE = 8192  # characters: a text that stands alone is cut at blank lines into documents of at least this size
+LARGE = 2**26  # bytes: a file of a folder above this size is cut as if it stood alone
+READ = 2**20  # bytes read at a time
+STDLIB_SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+SKIP = {"__pycache__", "node_modules"}  # and what is hidden
 
 
 @dataclass(frozen=True)
 class Document:
-    """`parts`: (text, learnt). `name` is unique in its source and independent of order."""
+    """name: where it is, for messages. parts: (text, learnt). ends: False where the text goes on in the next document."""
 
     name: str
     parts: tuple[tuple[str, bool], ...]
+    ends: bool = True
+    chat: bool = False
 
     @property
     def text(self) -> str:
         return "".join(text for text, _ in self.parts)
 
+    def digest(self) -> int:
+        """64 bits of its content. Equal documents fall on the same side of a split, whatever their names and order."""
+        return int.from_bytes(hashlib.blake2b(self.text.encode(), digest_size=8).digest(), "big")
 
-def documents(source: str, *, column: str | None = None) -> Iterator[Document]:
-    """All documents of `source`: a path, "stdlib", or "hf:NAME" for a data set of the Hugging Face hub.
 
-    Raises: BadInput, as soon as the offending file or row is met.
+def documents(source: str, *, column: str | None = None, template: str | None = None) -> Iterator[Document]:
+    """All documents of `source`, in an order that does not change: a path, "stdlib" (the standard library's own source), or
+    "hf:NAME" (or "hf:NAME:CONFIGURATION") for the train split of a Hugging Face data set.
+
+    A text file that stands alone is cut at blank lines; a file of a folder, or a row of a table, is one document. Rows hold
+    text in `column` ("text" unless given), or "prompt" and "completion", or "messages", which `template` (Jinja; a plain one
+    by default) turns into text.
+
+    Raises: BadInput, as soon as the offending file or row is met, naming it.
     """
     if source == "stdlib":
         yield from _standard_library()
     elif source.startswith("hf:"):
-        datasets = require_extra("datasets", "data", f"reading {source}")
-        rows = datasets.load_dataset(source.removeprefix("hf:"), split="train", streaming=True)
-        yield from _rows(((str(i), row) for i, row in enumerate(rows)), source, column)
+        yield from _hub(source, column, template)
     else:
-        yield from _path(Path(source), column)
+        yield from _path(Path(source), column, template)
 
 
-def held_out(sizes: dict[str, int], share: float) -> set[str]:
-    """The documents held out of those in `sizes` (bytes by name): in the order of a digest of their names, as many as fit
-    into `share` of the bytes.
+def held_out(digests: np.ndarray, sizes: np.ndarray, share: float) -> np.ndarray:
+    """Which documents are held out, as bool [n], from their content digests (uint64) and sizes in bytes.
 
-    So order does not matter, and no position inside a document does. A document of more than a fifth of the room is
-    passed over, so that the held-out side is many documents, not one; both sides get at least one of several documents.
+    In the order of their digests, as many as fit into `share` of all bytes: neither names, nor order, nor positions count, and
+    a copy of a document is on its side too. A document above a fifth of the room is never held out, so that the held-out side is
+    many documents, not one; where that leaves none, the smallest is.
     """
-    ranked = sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest())
-    room = share * sum(sizes.values())
-    held, used = set(), 0
-    for name in ranked:
-        if sizes[name] <= room / 5 and used + sizes[name] <= room:
-            held.add(name)
-            used += sizes[name]
-    if not held and share > 0 and len(ranked) > 1:
-        held = {min(ranked, key=sizes.__getitem__)}
+    room = share * sizes.sum()
+    fits = sizes <= room / 5
+    order = np.argsort(digests, kind="stable")
+    order = order[fits[order]]
+    within = order[np.cumsum(sizes[order]) <= room]
+    if len(within):
+        # as a threshold, and without the copies of one that did not fit any more
+        left = order[len(within) :]
+        last = digests[within].max()
+        if len(left) and digests[left].min() <= last:
+            last -= np.uint64(1)
+        held = fits & (digests <= last)
+        if held.any():
+            return held
+    held = np.zeros(len(sizes), bool)
+    if share > 0 and len(np.unique(digests)) > 1:
+        held = digests == digests[np.lexsort((digests, sizes))[0]]
     return held
 
 
-def _path(path: Path, column: str | None) -> Iterator[Document]:
+# Files and folders ------------------------------------------------------------------------------------------------
+
+
+def _path(path: Path, column: str | None, template: str | None) -> Iterator[Document]:
     if not path.exists():
         raise BadInput(f"no file or folder {path}; --data takes a file, a folder, 'stdlib' or 'hf:NAME'")
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in TEXT | TABLES)
-        if not files:
-            raise BadInput(f"the folder {path} holds no text: {', '.join(sorted(TEXT | TABLES))} are read")
-        found = False
-        for file in files:
-            if file.stat().st_size:
-                found = True
-                yield from _file(file, str(file.relative_to(path)), column, alone=len(files) == 1)
-        if not found:
-            raise BadInput(f"all {len(files)} files of {path} are empty")
+    if not path.is_dir():
+        if path.stat().st_size == 0:
+            raise BadInput(f"{path} is empty")
+        yield from _file(path, path.name, column, template, alone=True)
         return
-    if path.stat().st_size == 0:
-        raise BadInput(f"{path} is empty")
-    yield from _file(path, path.name, column, alone=True)
+    files = files_of(path)
+    if not files:
+        raise BadInput(f"the folder {path} holds no text: {', '.join(sorted(TEXT | TABLES))} are read")
+    full = [file for file in files if file.stat().st_size]
+    if not full:
+        raise BadInput(f"all {len(files)} text files of {path} are empty")
+    for file in full:
+        yield from _file(file, file.relative_to(path).as_posix(), column, template, alone=len(full) == 1)
 
 
-def _file(path: Path, name: str, column: str | None, *, alone: bool) -> Iterator[Document]:
+def files_of(path: Path) -> list[Path]:
+    """The files that are read of a path, in order: all of a folder but hidden ones and caches."""
+    if not path.is_dir():
+        return [path]
+    found = []
+    for file in path.rglob("*"):
+        inside = file.relative_to(path).parts
+        if file.suffix.lower() in TEXT | TABLES and not any(part in SKIP or part.startswith(".") for part in inside) and file.is_file():
+            found.append(file)
+    return sorted(found)
+
+
+def _file(path: Path, name: str, column: str | None, template: str | None, *, alone: bool) -> Iterator[Document]:
     kind = path.suffix.lower()
     if kind == ".jsonl":
-        yield from _rows(_json_lines(path, name), name, column)
-    elif kind == ".csv":
-        yield from _rows(_csv_rows(path, name), name, column)
+        yield from _rows(_json_lines(path, name), column, template)
+    elif kind in (".csv", ".tsv"):
+        yield from _rows(_csv_rows(path, name, "," if kind == ".csv" else "\t"), column, template)
     elif kind == ".parquet":
-        yield from _rows(_parquet_rows(path, name), name, column)
-    elif alone:
-        yield from _pieces(_read(path), name)
+        yield from _rows(_parquet_rows(path, name, column), column, template)
+    elif alone or path.stat().st_size > LARGE:
+        yield from _pieces(_decoded(path), name)
     else:
-        yield Document(name, ((_read(path), True),))
+        text = "".join(_decoded(path))
+        if text:
+            yield Document(name, ((text, True),))
 
 
-def _read(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8: byte {error.start} is {data[error.start]:#04x}") from error
+def _decoded(path: Path) -> Iterator[str]:
+    """The text of a file in pieces, without a byte order mark. Raises: BadInput with the offset of a byte that is not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")("strict")
+    done = 0  # bytes given to the decoder, of which it may hold the last few back
+    with path.open("rb") as file:
+        while True:
+            data = file.read(READ)
+            before = done - len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                at = before + error.start
+                raise BadInput(f"{path} is not UTF-8: byte {at} is {error.object[error.start]:#04x} ({error.reason})") from error
+            if before == 0:
+                text = text.removeprefix("\ufeff")
+            done += len(data)
+            if text:
+                yield text
+            if not data:
+                return
 
 
-def _pieces(text: str, name: str) -> Iterator[Document]:
-    """One text as documents of about PIECE characters, cut at blank lines (at line ends where there are none)."""
-    for mark in ("\n\n", "\n"):
-        if text.count(mark) * PIECE >= len(text) or mark == "\n":
-            break
-    piece, start = "", 0
-    for part in text.splitlines(keepends=True) if mark == "\n" else _split_keep(text, mark):
-        piece += part
-        if len(piece) >= PIECE:
-            yield Document(f"{name}#{start}", ((piece, True),))
-            start, piece = start + len(piece), ""
-    if piece:
-        yield Document(f"{name}#{start}", ((piece, True),))
+def _lines(text: Iterable[str]) -> Iterator[str]:
+    """Lines with their ends, cut at "\\n" alone: other breaks may stand inside a value."""
+    rest = ""
+    for piece in text:
+        *whole, rest = (rest + piece).split("\n")
+        for line in whole:
+            yield line + "\n"
+    if rest:
+        yield rest
 
 
-def _split_keep(text: str, mark: str) -> list[str]:
-    parts = text.split(mark)
-    return [part + mark for part in parts[:-1]] + parts[-1:]
+def _pieces(text: Iterable[str], name: str) -> Iterator[Document]:
+    """One text as documents of PIECE to 2 PIECE characters, cut after a blank line, or a line, or anywhere where there is none."""
+    rest, start = "", 0
+    for more in text:
+        rest += more
+        at = 0
+        while len(rest) - at > 2 * PIECE:
+            cut = at + 2 * PIECE
+            for mark in ("\n\n", "\n"):
+                found = rest.find(mark, at + PIECE, at + 2 * PIECE)
+                if found >= 0:
+                    cut = found + len(mark)
+                    break
+            yield Document(f"{name}, character {start + at}", ((rest[at:cut], True),), ends=False)
+            at = cut
+        rest, start = rest[at:], start + at
+    if rest:
+        yield Document(f"{name}, character {start}", ((rest, True),))
+
+
+# Tables -----------------------------------------------------------------------------------------------------------
 
 
 def _json_lines(path: Path, name: str) -> Iterator[tuple[str, dict]]:
-    with path.open("rb") as file:
-        offset = 0
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise BadInput(f"{path} is not UTF-8: byte {offset + error.start} (line {number})") from error
-            offset += len(line)
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise BadInput(f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}") from error
-            if not isinstance(row, dict):
-                raise BadInput(f"{path}, line {number}: expected an object with named values, found {type(row).__name__}")
-            yield f"{name}#{number}", row
+    for number, line in enumerate(_lines(_decoded(path)), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise BadInput(f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}") from error
+        if not isinstance(row, dict):
+            raise BadInput(f"{path}, line {number}: expected an object with named values, found {type(row).__name__}")
+        yield f"{name}, line {number}", row
 
 
-def _csv_rows(path: Path, name: str) -> Iterator[tuple[str, dict]]:
-    reader = csv.DictReader(_read(path).splitlines(keepends=True))
-    for number, row in enumerate(reader, 1):
-        yield f"{name}#{number}", row
+def _csv_rows(path: Path, name: str, delimiter: str) -> Iterator[tuple[str, dict]]:
+    csv.field_size_limit(2**31 - 1)  # the library's own limit of 128 KiB is less than a long text
+    reader = csv.DictReader(_lines(_decoded(path)), delimiter=delimiter)
+    number = 0
+    try:
+        for number, row in enumerate(reader, 1):
+            row.pop(None, None)  # cells beyond the header
+            yield f"{name}, row {number}", row
+    except csv.Error as error:
+        raise BadInput(f"{path}, line {reader.line_num}: not readable as a table: {error}") from error
+    if not number:
+        raise BadInput(f"{path} has a header and no rows")
 
 
-def _parquet_rows(path: Path, name: str) -> Iterator[tuple[str, dict]]:
+def _parquet_rows(path: Path, name: str, column: str | None) -> Iterator[tuple[str, dict]]:
     parquet = require_extra("pyarrow.parquet", "data", f"reading {path}")
     arrow = require_extra("pyarrow", "data", f"reading {path}")
     try:
-        file = parquet.ParquetFile(path)
-    except arrow.ArrowInvalid as error:
-        raise BadInput(f"{path} is not a parquet file: {error}") from error
-    number = 0
-    for batch in file.iter_batches(batch_size=1024):
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{name}#{number}", row
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            wanted = [each for each in ([column] if column else ["messages", "prompt", "completion", "text"]) if each in names]
+            number = 0
+            for batch in file.iter_batches(batch_size=1024, columns=wanted or None):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{name}, row {number}", row
+    except (arrow.ArrowInvalid, OSError) as error:
+        raise BadInput(f"{path} is not a readable parquet file: {_first_line(error)}") from error
 
 
-def _rows(rows: Iterator[tuple[str, dict]], name: str, column: str | None) -> Iterator[Document]:
-    """Rows of a table: the text column, a prompt with its completion, or the messages of a chat."""
+def _hub(source: str, column: str | None, template: str | None) -> Iterator[Document]:
+    """A data set by the `datasets` library: fetched once, memory-mapped after that."""
+    datasets = require_extra("datasets", "data", f"reading {source}")
+    name, config = source.removeprefix("hf:"), None
+    if ":" in name and not Path(name).exists():
+        name, _, config = name.partition(":")
+    try:
+        rows = datasets.load_dataset(name, config, split="train")
+    except Exception as error:  # of many kinds: no such name, no network, no train split, several configurations
+        raise BadInput(f"the data set {source} cannot be loaded: {_first_line(error)}") from error
+    yield from _rows(((f"{source}, row {i}", row) for i, row in enumerate(rows, 1)), column, template)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _rows(rows: Iterator[tuple[str, dict]], column: str | None, template: str | None) -> Iterator[Document]:
+    """Rows of a table: the text column, a prompt with its completion, or the messages of a chat. Empty rows are passed over."""
     for key, row in rows:
-        if column is None and "messages" in row:
-            yield Document(key, _chat(row["messages"], key))
-            continue
-        if column is None and "prompt" in row and "completion" in row:
-            yield Document(key, ((str(row["prompt"]), False), (str(row["completion"]), True)))
-            continue
-        wanted = column or "text"
-        if wanted not in row:
-            names = [str(field) for field in row]
-            hint = near(wanted, names)
-            listed = "" if hint.startswith("known") else f" (columns: {', '.join(names)})"
-            raise BadInput(f"{name} has no column {wanted!r}; {hint}{listed}; name one with --column")
-        if row[wanted]:
-            yield Document(key, ((str(row[wanted]), True),))
+        if column is None and row.get("messages") is not None:
+            yield Document(key, chat_parts(row["messages"], key, template), chat=True)
+        elif column is None and {"prompt", "completion"} <= row.keys():
+            parts = ((_text(row, "prompt", key), False), (_text(row, "completion", key), True))
+            if parts[1][0]:
+                yield Document(key, tuple(part for part in parts if part[0]))
+        else:
+            wanted = column or "text"
+            if wanted not in row:
+                names = [str(field) for field in row]
+                hint = near(wanted, names)
+                listed = "" if hint.startswith("known") else f" (columns: {', '.join(names)})"
+                raise BadInput(f"{key}: no column {wanted!r}; {hint}{listed}; name one with --column")
+            text = _text(row, wanted, key)
+            if text:
+                yield Document(key, ((text, True),))
 
 
-def _chat(messages: Any, key: str) -> tuple[tuple[str, bool], ...]:
-    """Turns as "role: content" paragraphs; what the assistant says is learnt, the rest is read."""
-    parts = []
-    if not isinstance(messages, list):
-        raise BadInput(f"{key}: 'messages' must be a list of {{role, content}}, found {type(messages).__name__}")
-    for turn in messages:
-        if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
-            raise BadInput(f"{key}: every message needs 'role' and 'content', found {turn!r}")
-        answer = turn["role"] == "assistant"
-        parts += [(f"{turn['role']}: ", False), (f"{turn['content']}\n\n", answer)]
-    return tuple(parts)
+def _text(row: dict, column: str, key: str) -> str:
+    value = row[column]
+    if value is None:
+        return ""
+    if isinstance(value, (list, dict)):
+        raise BadInput(f"{key}: column {column!r} holds a {type(value).__name__}, not text")
+    return str(value)
+
+
+# The standard library ---------------------------------------------------------------------------------------------
 
 
 def _standard_library() -> Iterator[Document]:
@@ -211,6 +305,7 @@ def _standard_library() -> Iterator[Document]:
         if STDLIB_SKIP.intersection(inside.parts) or not path.stat().st_size:
             continue
         try:
-            yield Document(inside.as_posix(), ((path.read_text(encoding="utf-8"), True),))
+            text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:  # a handful of files declare another encoding
             continue
+        yield Document(inside.as_posix(), ((text, True),))

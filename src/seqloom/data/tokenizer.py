@@ -10,11 +10,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from seqloom.core import BadInput
 
-START = "<|start|>"  # stands before every document, and ends a generated one
+START = "<|start|>"  # stands before every document, and closes the one before
+STARTS = (START, "<|begin_of_text|>", "<bos>", "<s>", "<|endoftext|>", "<|im_start|>", "[CLS]")
 
 
 def learn(texts: Iterable[str], *, vocab: int) -> Tokenizer:
-    """A byte-level BPE of `vocab` entries; vocab 257 is one token a byte and the start token."""
+    """A byte-level BPE of at most `vocab` entries: 256 bytes, START, and merges in the order of how often pairs occur.
+
+    vocab 257 is one token a byte and the start token. Every text can be written in it, and read back exactly.
+    Raises: BadInput if vocab is below 257.
+    """
     if vocab < 257:
         raise BadInput(f"a byte-level vocabulary needs at least 257 entries (256 bytes and {START}), not {vocab}")
     tokenizer = Tokenizer(models.BPE())
@@ -27,6 +32,18 @@ def learn(texts: Iterable[str], *, vocab: int) -> Tokenizer:
     return tokenizer
 
 
+def start(tokenizer: Tokenizer) -> int:
+    """Id of the token that begins a document: START, or what other tokenizers have in its place.
+
+    Raises: BadInput if there is none.
+    """
+    for name in STARTS:
+        found = tokenizer.token_to_id(name)
+        if found is not None:
+            return found
+    raise BadInput(f"the tokenizer has no token that begins a document; one of {', '.join(STARTS)} is needed")
+
+
 def save(tokenizer: Tokenizer, folder: Path) -> None:
     """tokenizer.json and the file by which `AutoTokenizer.from_pretrained(folder)` finds it."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,11 +52,12 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": START, "eos_token": START, "pad_token": START,
         "clean_up_tokenization_spaces": False, "padding_side": "left",
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def load(folder: Path) -> Tokenizer:
-    path = folder / "tokenizer.json"
+    """The tokenizer of a folder, or of a tokenizer.json. Raises: BadInput if there is none, or it is damaged."""
+    path = folder if folder.is_file() else folder / "tokenizer.json"
     if not path.is_file():
         raise BadInput(f"{folder} has no tokenizer.json")
     try:

@@ -43,7 +43,8 @@ class Decoder:
     ring:     snapshots for `crop`; the default keeps none
     """
 
-    def __init__(self, model: Any, batch: int = 1, *, capacity: int | None = None, chunk: int = CHUNK, ring: Ring | None = None):
+    def __init__(self, model: Any, batch: int = 1, *, capacity: int | None = None, chunk: int = CHUNK,
+                 ring: Ring | None = None):
         if not model.spec.stack.causal:
             raise BadInput("this model is not causal, so it cannot be decoded token by token")
         if chunk < 1:
@@ -57,12 +58,14 @@ class Decoder:
 
     @torch.no_grad()
     def read(self, ids: Int[Tensor, "b t"], segments: Int[Tensor, "b t"] | None = None) -> Float[Tensor, "b v"]:
-        """Scores [B, V] of the token after the last one. `segments` marks padding by 0; every row must end in a real token.
+        """Scores [B, V] of the token after the last one. `segments` marks padding by 0, on the left.
 
-        Raises: BadInput if there is nothing to read.
+        Raises: BadInput if there is nothing to read, or a row ends in padding.
         """
         if ids.shape[1] == 0:
             raise BadInput("there is nothing to read: the prompt has no tokens; give at least one")
+        if segments is not None and bool((segments[:, -1] == 0).any()):
+            raise BadInput("a row ends in padding, so nothing follows its last token; pad prompts on the left")
         logits = None
         with _evaluating(self.model):
             for piece in self._pieces(Piece(ids, segments)):
@@ -131,15 +134,21 @@ def left_pad(prompts: Prompts, device: Any = None) -> tuple[Tensor, Tensor | Non
 
 
 class Step(NamedTuple):
-    """One token a row, and which rows have ended (with this token or before; a row that had ended repeats its last)."""
+    """One token a row, and which rows have ended (with this token or before; a row that had ended repeats its last).
+
+    `int(step)` is the token of a single row.
+    """
 
     ids: Int[Tensor, " b"]
     done: Bool[Tensor, " b"]
 
+    def __int__(self) -> int:
+        return int(self.ids)
+
 
 def stream(model: Any, prompts: Prompts, *, segments: Tensor | None = None, max_new_tokens: int | None = 100,
-           temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
-           seed: int | None = None, stop: Stop = (), chunk: int = CHUNK) -> Iterator[Step]:
+           temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+           repetition_penalty: float = 1.0, seed: int | None = None, stop: Stop = (), chunk: int = CHUNK) -> Iterator[Step]:
     """Continue prompts, one step at a time, as they come.
 
     prompts:  ids [B, T], or lists of ids of any lengths
@@ -151,7 +160,9 @@ def stream(model: Any, prompts: Prompts, *, segments: Tensor | None = None, max_
     """
     if max_new_tokens is not None and max_new_tokens < 1:
         raise BadInput(f"max_new_tokens must be at least 1, found {max_new_tokens}")
-    sampler = Sampler(repetition_penalty=repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    given = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+    sampler = Sampler(repetition_penalty=repetition_penalty, temperature=temperature,
+                      **{name: value for name, value in given.items() if value is not None})
     device = next(model.parameters()).device
     ids, padded = left_pad(prompts, device)
     segments = padded if segments is None else segments.to(device)
@@ -201,7 +212,8 @@ def _steps(decoder: Decoder, ids: Tensor, segments: Tensor | None, sampler: Samp
         logits = decoder.read(drawn[:, None])
 
 
-def generate(model: Any, prompts: Prompts, *, callback: Callable[[Step], None] | None = None, **settings: Any) -> list[list[int]]:
+def generate(model: Any, prompts: Prompts, *, callback: Callable[[Step], None] | None = None,
+             **settings: Any) -> list[list[int]]:
     """Continue prompts and return the new tokens of each row, its stop tokens included.
 
     `callback` sees each step as it comes; the other settings are those of `stream`.

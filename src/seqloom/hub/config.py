@@ -22,7 +22,7 @@ class SeqloomConfig(PreTrainedConfig):
     """
 
     model_type = "seqloom"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]
 
     seqloom: dict | None = None
     vocab_size: int = 0

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
+    MaskedLMOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
 from transformers.utils.generic import can_return_tuple
 
-from seqloom.core import BadInput, Info
+from seqloom.core import BadInput
 from seqloom.core.marks import NAME as MARKS
 from seqloom.core.marks import cast, marks
 from seqloom.generate import Piece
@@ -33,6 +35,14 @@ from seqloom.hub.cache import SeqloomCache
 from seqloom.hub.config import SeqloomConfig
 from seqloom.hub.edge import across_samples, segments_of
 from seqloom.models.heads import PooledHead, TokenHead
+from seqloom.models.sequence import SequenceModelLayer
+
+
+@dataclass
+class SeqloomOutput(BaseModelOutputWithPast):
+    """aux: losses and statistics that layers reported, by name."""
+
+    aux: dict[str, Tensor] | None = None
 
 
 class SeqloomPreTrainedModel(PreTrainedModel):
@@ -41,13 +51,13 @@ class SeqloomPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["BlockLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+    _marks: dict[str, dict] = {}
 
     # -- making and loading -------------------------------------------------------------------------------------
     def post_init(self) -> None:
         """Record what loading must keep: which parameters stay float32, and the marks that loading drops."""
-        kept = {name: marks(p) for name, p in self.named_parameters() if hasattr(p, MARKS)}
-        self._marks = kept
-        self._keep_in_fp32_modules_strict = {name for name, mark in kept.items() if mark["keep_float32"]}
+        self._marks = {name: marks(p) for name, p in self.named_parameters() if hasattr(p, MARKS)}
+        self._keep_in_fp32_modules_strict = {name for name, mark in self._marks.items() if mark["keep_float32"]}
         super().post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -80,16 +90,30 @@ class SeqloomPreTrainedModel(PreTrainedModel):
         return found
 
     def renew_marks(self) -> None:
-        """Put the marks back on parameters that were replaced while loading."""
+        """Put the marks back on parameters that were replaced while loading, or copied."""
         for name, parameter in self.named_parameters():
             if name in self._marks:
                 setattr(parameter, MARKS, self._marks[name])
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.renew_marks()  # copy.deepcopy drops a parameter's attributes
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. Raises: BadInput if the folder cannot be made or written."""
         if Path(save_directory).is_file():
             raise BadInput(f"cannot save to {save_directory}: it is a file, and a folder is expected")
         return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _apply(self, function: Any, recurse: bool = True) -> Any:
+        """`to`, `half`, `bfloat16`, ..: parameters marked keep_float32 keep it, and their digits."""
+        kept = {name: self.get_parameter(name).data for name, mark in self._marks.items() if mark["keep_float32"]}
+        super()._apply(function, recurse)
+        for name, value in kept.items():
+            parameter = self.get_parameter(name)
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = value.to(device=parameter.device, dtype=torch.promote_types(value.dtype, torch.float32))
+        return self
 
     # -- what all heads share -----------------------------------------------------------------------------------
     def _segments(self, tokens: Tensor | None, *, segments: Tensor | None, past_key_values: Any = None,
@@ -197,7 +221,7 @@ class SeqloomModel(SeqloomPreTrainedModel):
                 position_ids: Tensor | None = None, past_key_values: SeqloomCache | None = None,
                 inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
                 output_hidden_states: bool | None = None, segments: Tensor | None = None, seq_idx: Tensor | None = None,
-                cu_seq_lens_q: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPast:
+                cu_seq_lens_q: Tensor | None = None, **kwargs: Any) -> SeqloomOutput:
         """Exactly one of input_ids [B, T] and inputs_embeds [B, T, D]. Padding and packing: see `hub.edge.segments_of`;
         `segments` [B, T] says it directly. hidden_states: what enters each block, and the output.
 
@@ -213,14 +237,14 @@ class SeqloomModel(SeqloomPreTrainedModel):
         )
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         collect: list[Tensor] | None = [] if wanted else None
-        piece = Piece(tokens, segments)
+        piece, aux = Piece(tokens, segments), None
         if cache is None:
-            hidden = self.stack(self._embed(tokens), info=piece.info, collect=collect).y
+            hidden, _, aux = self.stack(self._embed(tokens), info=piece.info, collect=collect)
         else:
             hidden = self._continue(cache, piece, collect)
-        return BaseModelOutputWithPast(
+        return SeqloomOutput(
             last_hidden_state=hidden, past_key_values=cache if keep else None,
-            hidden_states=None if collect is None else tuple(collect),
+            hidden_states=None if collect is None else tuple(collect), aux=aux or None,
         )
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -260,16 +284,21 @@ class SeqloomModel(SeqloomPreTrainedModel):
         return last(outputs)
 
 
-class SeqloomForCausalLM(SeqloomPreTrainedModel, GenerationMixin):
-    """Next-token scores. `SeqloomForCausalLM.of(layer)` is a built `SequenceModel` in this form, sharing its parameters."""
+def _added(loss: Tensor, out: SeqloomOutput) -> Tensor:
+    """The loss with what layers ask for (routing balance and the like), as the training objectives add it."""
+    for name, value in (out.aux or {}).items():
+        if name.endswith("loss"):
+            loss = loss + value.mean()
+    return loss
+
+
+class _OverTheVocabulary(SeqloomPreTrainedModel):
+    """A score for every entry of the vocabulary at every token. `parts` are layers to use in place of new ones."""
 
     _tied_weights_keys = {"lm_head.weight": "model.stem.weight"}
 
     def __init__(self, config: SeqloomConfig, parts: Any = None):
         spec = config.spec
-        if not spec.stack.causal:
-            at = next(i for i, block in enumerate(spec.stack.blocks) if not block.mixer.causal)
-            raise BadInput(f"a causal language model needs causal mixers, and block {at} ({spec.stack.blocks[at].mixer.key}) is not")
         if not (isinstance(spec.head, TokenHead) and spec.head.classes == spec.stem.vocab):
             config = _with_head(config, TokenHead(classes=spec.stem.vocab))
         super().__init__(config)
@@ -277,18 +306,16 @@ class SeqloomForCausalLM(SeqloomPreTrainedModel, GenerationMixin):
         self.lm_head = _made(config.spec.head.build, config.hidden_size, self.model.stem) if parts is None else parts.head
         self.post_init()
 
-    @classmethod
-    def of(cls, layer: Any, **settings: Any) -> Any:
-        """A built `SequenceModel` as this class; settings go to the configuration (eos_token_id, ..).
 
-        Raises: BadInput if its head does not score the vocabulary.
-        """
-        head = layer.spec.head
-        if not (isinstance(head, TokenHead) and head.classes == layer.spec.stem.vocab):
-            raise BadInput(f"a causal language model scores the {layer.spec.stem.vocab} tokens of its vocabulary, found {head}")
-        dtype = next((p.dtype for p in layer.parameters() if not marks(p)["keep_float32"]), None)
-        model = cls(SeqloomConfig.of(layer.spec, dtype=dtype, **settings), parts=layer)
-        return model.train(layer.training)
+class SeqloomForCausalLM(_OverTheVocabulary, GenerationMixin):
+    """Next-token scores, `generate`, and the loss of labels. Raises: BadInput if a mixer is not causal."""
+
+    def __init__(self, config: SeqloomConfig, parts: Any = None):
+        stack = config.spec.stack
+        for i, block in enumerate(stack.blocks):
+            if not block.mixer.causal:
+                raise BadInput(f"a causal language model needs causal mixers, and that of block {i} ({block.mixer.key}) is not")
+        super().__init__(config, parts)
 
     @can_return_tuple
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -309,14 +336,15 @@ class SeqloomForCausalLM(SeqloomPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states, segments=segments, return_dict=True,
         )
         hidden = out.last_hidden_state
-        if isinstance(logits_to_keep, int):
-            hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
-        else:
+        if not isinstance(logits_to_keep, int):
             hidden = hidden[:, logits_to_keep]
+        elif logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:]
         logits, loss = self.lm_head(hidden), None
         if labels is not None:
             labels = across_samples(labels, segments)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = _added(loss, out)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
         )
@@ -340,17 +368,38 @@ class SeqloomForCausalLM(SeqloomPreTrainedModel, GenerationMixin):
         model_kwargs["past_key_values"] = cache
 
 
+class SeqloomForMaskedLM(_OverTheVocabulary):
+    """Scores of what stands at each token, for bidirectional stacks trained to fill in masked tokens."""
+
+    @can_return_tuple
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
+                output_hidden_states: bool | None = None, segments: Tensor | None = None, seq_idx: Tensor | None = None,
+                cu_seq_lens_q: Tensor | None = None, **kwargs: Any) -> MaskedLMOutput:
+        """labels [B, T] stand where they are scored, -100 ignored."""
+        out = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
+            use_cache=False, output_hidden_states=output_hidden_states, segments=segments, seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q, return_dict=True,
+        )
+        logits, loss = self.lm_head(out.last_hidden_state), None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = _added(loss, out)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
+
+
 class SeqloomForSequenceClassification(SeqloomPreTrainedModel):
     """One answer per row, from its last real token (causal stacks) or the mean of its real tokens (others)."""
 
-    def __init__(self, config: SeqloomConfig):
+    def __init__(self, config: SeqloomConfig, parts: Any = None):
         head = config.spec.head
         if not (isinstance(head, PooledHead) and head.classes == config.num_labels):
             pool = head.pool if isinstance(head, PooledHead) else "last" if config.spec.stack.causal else "mean"
             config = _with_head(config, PooledHead(classes=config.num_labels, pool=pool))
         super().__init__(config)
-        self.model = SeqloomModel(config)
-        self.score = _made(config.spec.head.build, config.hidden_size, self.model.stem)
+        self.model = SeqloomModel(config, parts)
+        self.score = _made(config.spec.head.build, config.hidden_size, self.model.stem) if parts is None else parts.head
         self.post_init()
 
     @can_return_tuple
@@ -368,10 +417,10 @@ class SeqloomForSequenceClassification(SeqloomPreTrainedModel):
             input_ids=input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
             output_hidden_states=output_hidden_states, segments=segments, return_dict=True,
         )
-        logits = self.score(out.last_hidden_state, None if segments is None else segments != 0)
-        loss = None
+        logits, loss = self.score(out.last_hidden_state, None if segments is None else segments != 0), None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            loss = _added(loss, out)
         return SequenceClassifierOutputWithPast(
             loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
         )
@@ -380,13 +429,13 @@ class SeqloomForSequenceClassification(SeqloomPreTrainedModel):
 class SeqloomForTokenClassification(SeqloomPreTrainedModel):
     """One answer per token."""
 
-    def __init__(self, config: SeqloomConfig):
+    def __init__(self, config: SeqloomConfig, parts: Any = None):
         head = config.spec.head
         if not (isinstance(head, TokenHead) and not head.tie and head.classes == config.num_labels):
             config = _with_head(config, TokenHead(classes=config.num_labels, tie=False))
         super().__init__(config)
-        self.model = SeqloomModel(config)
-        self.score = _made(config.spec.head.build, config.hidden_size, self.model.stem)
+        self.model = SeqloomModel(config, parts)
+        self.score = _made(config.spec.head.build, config.hidden_size, self.model.stem) if parts is None else parts.head
         self.post_init()
 
     @can_return_tuple
@@ -403,4 +452,21 @@ class SeqloomForTokenClassification(SeqloomPreTrainedModel):
         logits, loss = self.score(out.last_hidden_state), None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
+            loss = _added(loss, out)
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
+
+
+def wrap(layer: SequenceModelLayer, **settings: Any) -> Any:
+    """A built `SequenceModel` as the class that its head and stack ask for, sharing its parameters.
+
+    settings go to the configuration (eos_token_id, id2label, ..).
+    """
+    spec = layer.spec
+    if isinstance(spec.head, PooledHead):
+        cls, settings = SeqloomForSequenceClassification, {"num_labels": spec.head.classes, **settings}
+    elif spec.head.classes != spec.stem.vocab:
+        cls, settings = SeqloomForTokenClassification, {"num_labels": spec.head.classes, **settings}
+    else:
+        cls = SeqloomForCausalLM if spec.stack.causal else SeqloomForMaskedLM
+    dtype = next((p.dtype for p in layer.parameters() if not marks(p)["keep_float32"]), torch.float32)
+    return cls(SeqloomConfig.of(spec, dtype=str(dtype).removeprefix("torch."), **settings), parts=layer).train(layer.training)

@@ -117,8 +117,8 @@ def chunked(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[T
     batch, tokens, groups, key = q.shape
     heads, dtype, wide = v.shape[2], v.dtype, accumulator(v.dtype)
     vector = log_a is not None and log_a.ndim == 4
-    # halving needs a power of two
-    chunk = min(chunk, 1 << max(tokens - 1, 1).bit_length()) if vector else min(chunk, tokens)
+    if tokens < chunk:
+        chunk = 1 << (tokens - 1).bit_length() if vector else tokens  # blocks are joined in pairs, so a power of two
     extra = -tokens % chunk
     if vector and groups < heads:  # decays differ by head inside every product, so that nothing is left to share
         q, k, groups = _per_head(q, heads), _per_head(k, heads), heads

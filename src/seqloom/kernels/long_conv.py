@@ -15,7 +15,7 @@ Sources: [s4d] Method 4, 5 and 10; [s4-survey] Method 1 and 5.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -97,28 +97,48 @@ def _fft(u: Float[Tensor, "b t d"], k: Float[Tensor, "d l"], back: Tensor | None
 class _Periodic(torch.autograd.Function):
     """The first T values of the convolution of u [B, T, D] and k [D, L] with a period of `size` >= T, L.
 
-    Autograd of a real transform is a complex one of twice the work. Here every transform back is real as well.
+    Autograd of a real transform is a complex one of twice the work; here all are real. Channels go in groups that fit
+    a processor's cache, and spectra are taken again in the backward pass, so that none is kept.
     """
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, k: Tensor, size: int) -> Tensor:
-        u_hat = torch.fft.rfft(u.transpose(1, 2), n=size)
-        k_hat = torch.fft.rfft(k, n=size)
-        ctx.save_for_backward(u_hat, k_hat)
-        ctx.size, ctx.tokens, ctx.length = size, u.shape[1], k.shape[1]
-        return torch.fft.irfft(u_hat * k_hat, n=size)[..., : u.shape[1]].transpose(1, 2).contiguous()
+    def forward(u: Tensor, k: Tensor, size: int) -> Tensor:
+        line = u.transpose(1, 2).contiguous()
+        y = torch.empty_like(line)
+        for part in _groups(line, size):
+            spectrum = torch.fft.rfft(line[:, part], n=size) * torch.fft.rfft(k[part], n=size)
+            y[:, part] = torch.fft.irfft(spectrum, n=size)[..., : u.shape[1]]
+        return y.transpose(1, 2).contiguous()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        u, k, ctx.size = inputs
+        ctx.save_for_backward(u, k)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple:
-        u_hat, k_hat = ctx.saved_tensors
-        g_hat = torch.fft.rfft(gradient.transpose(1, 2), n=ctx.size)
-        d_u = d_k = None
-        if ctx.needs_input_grad[0]:
-            d_u = torch.fft.irfft(g_hat * k_hat.conj(), n=ctx.size)[..., : ctx.tokens].transpose(1, 2).contiguous()
-        if ctx.needs_input_grad[1]:
-            d_k = torch.fft.irfft((g_hat * u_hat.conj()).sum(0), n=ctx.size)[..., : ctx.length]
-        return d_u, d_k, None
+        (u, k), size = ctx.saved_tensors, ctx.size
+        for_u, for_k = ctx.needs_input_grad[:2]
+        gradient = gradient.transpose(1, 2).contiguous()
+        line = u.transpose(1, 2).contiguous()
+        d_u, d_k = torch.empty_like(line), torch.empty_like(k)
+        for part in _groups(gradient, size):
+            g = torch.fft.rfft(gradient[:, part], n=size)
+            if for_u:
+                spectrum = g * torch.fft.rfft(k[part], n=size).conj()
+                d_u[:, part] = torch.fft.irfft(spectrum, n=size)[..., : u.shape[1]]
+            if for_k:
+                spectrum = (g * torch.fft.rfft(line[:, part], n=size).conj()).sum(0)
+                d_k[part] = torch.fft.irfft(spectrum, n=size)[..., : k.shape[1]]
+        return d_u.transpose(1, 2).contiguous() if for_u else None, d_k if for_k else None, None
+
+
+def _groups(u: Float[Tensor, "b d t"], size: int) -> list[slice]:
+    """Channels in groups of about a megabyte of signal; all at once where the device is not a CPU."""
+    channels = u.shape[1]
+    group = channels if u.device.type != "cpu" else min(max((1 << 18) // (size * u.shape[0]), 1), channels)
+    return [slice(start, start + group) for start in range(0, channels, group)]
 
 
 def _smooth(size: int) -> int:
@@ -144,7 +164,7 @@ def _by_halves(u: Float[Tensor, "b t d"], k: Float[Tensor, "d l"], segments: Seg
     outputs around a plain convolution, and no mask over pairs.
     """
     tokens = u.shape[1]
-    source, place, run = _together(segments)
+    source, place, run, _ = _together(segments)
     size = 1
     while size < tokens:
         size *= 2
@@ -204,27 +224,25 @@ def parallel(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor, c: Tensor, 
              segments: Segments | None = None) -> Mixed:
     """By FFT. The kernel and the final state are matrix products of two short tables of powers."""
     tokens, wide = u.shape[1], accumulator(u.dtype)
+    h = None if state is None else _complex(state)
     with _full_precision(u):
         line = u.to(wide)
         y = _within(line, kernel(tokens, log_a=log_a, b=b, c=c), None, segments)
-        # the final state sums the last run: its tokens are moved to the end, where token T - 1 - l has power l
-        if segments is not None:
-            source, place, run = _together(segments)
-            count = segments.real.sum(1)
+        read = None if h is None else _readout(h, tokens, log_a=log_a, c=c)
+        if segments is None:
+            kept = None if h is None else h * _exp(log_a, tokens)
+        else:
+            source, place, run, count = _together(segments)
+            # the state sums the last run: its tokens are moved to the end, where token T - 1 - l has power l
             at = torch.arange(tokens, device=u.device) + (count - tokens)[:, None]
             mine = (at >= 0) & (run.gather(1, at.clamp(min=0)) == run[:, -1:])
             line = torch.where(mine[..., None], take(segments.hold(line), source.gather(1, at.clamp(min=0))), 0.0)
-        last = _summary(line, log_a=log_a, b=b)
-        if state is not None:
-            h = _complex(state)
-            read = _readout(h, tokens, log_a=log_a, c=c)
-            if segments is None:
-                last = last + h * _exp(log_a, tokens)
-            else:
+            if h is not None:
                 read = segments.hold(take(torch.where((run == 0)[..., None], read, 0.0), place))
-                goes_on = (run[:, -1] == 0)[:, None, None]
-                last = last + torch.where(goes_on, h * _exp(log_a, count[:, None, None]), 0.0)
-            y = y + read
+                kept = torch.where((run[:, -1] == 0)[:, None, None], h * _exp(log_a, count[:, None, None]), 0.0)
+        last = _summary(line, log_a=log_a, b=b)
+        if h is not None:
+            y, last = y + read, last + kept
     return Mixed(y.to(u.dtype), torch.view_as_real(last))
 
 
@@ -245,40 +263,38 @@ def chunked(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor, c: Tensor, s
     bidirectional pass). chunk: a power of two.
     """
     (batch, tokens, _), wide = u.shape, accumulator(u.dtype)
-    size = 1
-    while size < min(tokens, chunk):
-        size *= 2
+    size = min(chunk, 2 * _root(tokens))  # tables grow with the chunk, so short sequences take a shorter one
     extra = -tokens % size
-    run = place = None
+    packed = None
     if segments is not None:
-        source, place, run = _together(segments)
-        u = take(segments.hold(u), source)
-        run = rearrange(torch.cat([run, run[:, -1:].expand(-1, extra)], 1), "b (m r) -> m b r", r=size)
+        packed = _pack(segments, extra, size)
+        u = take(segments.hold(u), packed.source)
     with _full_precision(u):
         x = _chunks(F.pad(u.to(wide), (0, 0, 0, extra)), size)
         write = _writes(log_a, b, size)
         read = _reads(log_a, c if delay else c * _exp(log_a, 1), size)
         own = torch.zeros_like(b.real[:, :1]) if delay else 2 * (b * c).real.sum(-1, keepdim=True)
         k = torch.cat([own, (torch.view_as_real(b).flatten(-2)[:, None] * read[:, :-1]).sum(-1)], 1)
-
-        entering, kept, decay = None, x, _exp(log_a, size)[:, None, None]
-        if run is not None:
-            last = run[..., -1]
-            entering = F.pad(last, (0, 0, 1, 0))[:-1]  # the count of boundaries before each chunk, [m b]
-            kept = torch.where((run == last[..., None]).flatten(0, 1), x, 0.0)
-            decay = torch.where((last == entering)[..., None], decay, 0.0)
-        start = (_nothing(u, log_a) if state is None else state).transpose(0, 1)
-        writes = _columns(kept @ write).unflatten(1, (-1, batch))
-        before, _ = carry(decay.expand(-1, writes.shape[1], -1, -1), writes, _complex(start))
+        leaving, decay = x, _exp(log_a, size)[:, None, None]
+        if packed is not None:
+            leaving = torch.where((packed.run == packed.last[..., None]).flatten(0, 1), x, 0.0)
+            decay = torch.where((packed.last == packed.entering)[..., None], decay, 0.0)
+        writes = _columns(leaving @ write).unflatten(1, (-1, batch))  # [d m b n]
+        start = _nothing(u, log_a) if state is None else state
+        before, _ = carry(decay.expand(-1, writes.shape[1], -1, -1), writes, _complex(start.transpose(0, 1)))
         y = torch.view_as_real(before).flatten(-2).flatten(1, 2) @ read.transpose(1, 2)
-        if run is None:
+        if packed is None:
             y = torch.baddbmm(y, x, _triangle(k))
+            h = _last(x, before, write, log_a, tokens)
         else:
-            y = torch.where((run == entering[..., None]).flatten(0, 1), y, 0.0)
-            y = y + _masked_toeplitz(x, k, run.flatten(0, 1))
+            y = torch.where((packed.run == packed.entering[..., None]).flatten(0, 1), y, 0.0)
+            y = y + _masked_toeplitz(x, k, packed.run.flatten(0, 1))
+            h = torch.view_as_real(_last_packed(x, before, write, log_a, packed))
+            h = torch.where((packed.count > 0)[:, None, None, None], h, start)
         y = _tokens(y, batch)[:, :tokens].to(u.dtype)
-        final = _final(x, before, run, entering, write, log_a, segments, tokens, state)
-    return Mixed(y if segments is None else segments.hold(take(y, place)), final)
+    if segments is None or packed is None:
+        return Mixed(y, torch.view_as_real(h))
+    return Mixed(segments.hold(take(y, packed.place)), h)
 
 
 def chunked_bidirectional(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor, c: Complex[Tensor, "2 d n"],
@@ -294,8 +310,8 @@ def chunked_bidirectional(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor
 def kernel(tokens: int, *, log_a: Complex[Tensor, "d n"], b: Complex[Tensor, "d n"],
            c: Complex[Tensor, "d n"]) -> Float[Tensor, "d t"]:
     """k_l = 2 Re sum_n c_n b_n Abar_n^l for l < T: with l = q r + s, one product of [T / r, 2N] with [2N, r] a channel."""
-    size = min(CHUNK, tokens)
-    far = _powers(log_a * size, b, -(-tokens // size))
+    size, near, many = _grid(tokens)
+    far = _powers(log_a * size, b, near, many)
     return (torch.view_as_real(far).flatten(-2) @ _reads(log_a, c, size).transpose(1, 2)).flatten(1)[:, :tokens]
 
 
@@ -303,8 +319,8 @@ def kernel(tokens: int, *, log_a: Complex[Tensor, "d n"], b: Complex[Tensor, "d 
 
 def _readout(h: Complex[Tensor, "b d n"], tokens: int, *, log_a: Tensor, c: Tensor) -> Float[Tensor, "b t d"]:
     """What a state gives to the T tokens after it, y_t = 2 Re(c' Abar^(t+1) h) for t = 0 .. T - 1."""
-    size = min(CHUNK, tokens)
-    far = _powers(log_a * size, torch.ones_like(c), -(-tokens // size))[:, :, None] * h.transpose(0, 1)[:, None]
+    size, near, many = _grid(tokens)
+    far = _powers(log_a * size, torch.ones_like(c), near, many)[:, :, None] * h.transpose(0, 1)[:, None]
     y = torch.view_as_real(far).flatten(-2).flatten(1, 2) @ _reads(log_a, c * _exp(log_a, 1), size).transpose(1, 2)
     return _tokens(y, h.shape[0])[:, :tokens]
 
@@ -312,37 +328,55 @@ def _readout(h: Complex[Tensor, "b d n"], tokens: int, *, log_a: Tensor, c: Tens
 def _summary(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor) -> Complex[Tensor, "b d n"]:
     """The state after T tokens from nothing: sum_t Abar^(T-1-t) b u_t."""
     tokens = u.shape[1]
-    size = min(CHUNK, tokens)
-    many = -(-tokens // size)
-    x = _chunks(F.pad(u, (0, 0, many * size - tokens, 0)), size)
-    part = _columns(x @ _writes(log_a, b, size)).unflatten(1, (many, -1))
-    far = _powers(log_a * size, torch.ones_like(b), many, reverse=True)
+    size, near, many = _grid(tokens)
+    x = _chunks(F.pad(u, (0, 0, size * near * many - tokens, 0)), size)
+    part = _columns(x @ _writes(log_a, b, size)).unflatten(1, (-1, u.shape[0]))
+    far = _powers(log_a * size, torch.ones_like(b), near, many, reverse=True)
     return (part * far[:, :, None]).sum(1).transpose(0, 1)
 
 
-def _final(x: Float[Tensor, "d mb r"], before: Complex[Tensor, "d m b n"], run: Int[Tensor, "m b r"] | None,
-           entering: Int[Tensor, "m b"] | None, write: Float[Tensor, "d r 2n"], log_a: Complex[Tensor, "d n"],
-           segments: Segments | None, tokens: int, state: Tensor | None) -> Float[Tensor, "b d n 2"]:
-    """The state after each row's last real token: the state that enters that token's chunk, and the writes up to it."""
+def _last(x: Float[Tensor, "d mb r"], before: Complex[Tensor, "d m b n"], write: Float[Tensor, "d r w"],
+          log_a: Complex[Tensor, "d n"], tokens: int) -> Complex[Tensor, "b d n"]:
+    """The state after the last token: the state that enters its chunk, and the chunk's writes."""
     size, (many, batch) = x.shape[-1], before.shape[1:3]
-    if run is None:
-        left = tokens - (many - 1) * size  # tokens in the last chunk
-        h = _columns(x[:, -batch:, :left] @ write[:, size - left :])
-        return torch.view_as_real((h + _exp(log_a, left)[:, None] * before[:, -1]).transpose(0, 1))
-    count = segments.real.sum(1)
-    mine = (count - 1).clamp(min=0) // size
-    left = count - mine * size  # 1 .. size; 0 where the row holds no token
-    row = torch.arange(batch, device=count.device)
-    last = run[-1, :, -1]
+    left = tokens - (many - 1) * size  # tokens in the last chunk
+    h = _columns(x[:, -batch:, :left] @ write[:, size - left :])
+    return (h + _exp(log_a, left)[:, None] * before[:, -1]).transpose(0, 1)
+
+
+class _Packed(NamedTuple):
+    """Segments of rows whose real tokens were moved together, by chunks."""
+
+    source: Tensor    # [b t], as `_together` gives them, and so are place and count
+    place: Tensor     # [b t]
+    count: Tensor     # [b]
+    run: Tensor       # [m b r]
+    last: Tensor      # [m b], the run of each chunk's last token
+    entering: Tensor  # [m b], that of the last token before it: the count of boundaries so far
+
+
+def _pack(segments: Segments, extra: int, size: int) -> _Packed:
+    source, place, run, count = _together(segments)
+    run = rearrange(torch.cat([run, run[:, -1:].expand(-1, extra)], 1), "b (m r) -> m b r", r=size)
+    last = run[..., -1]
+    return _Packed(source, place, count, run, last, F.pad(last, (0, 0, 1, 0))[:-1])
+
+
+def _last_packed(x: Float[Tensor, "d mb r"], before: Complex[Tensor, "d m b n"], write: Float[Tensor, "d r w"],
+                 log_a: Complex[Tensor, "d n"], packed: _Packed) -> Complex[Tensor, "b d n"]:
+    """As `_last`, after each row's last real token and of its run only. Anything where the row holds no token."""
+    size, batch = x.shape[-1], before.shape[2]
+    chunk = (packed.count - 1).clamp(min=0) // size
+    left = packed.count - chunk * size  # 1 .. size; 0 where the row holds no token
+    row = torch.arange(batch, device=left.device)
+    last = packed.last[-1]
     # tokens of the chunk moved to its end, so that the last one has power 0
-    at = torch.arange(size, device=count.device) - size + left[:, None]
-    here = (at >= 0) & (run[mine, row].gather(1, at.clamp(min=0)) == last[:, None])
-    line = x[:, mine * batch + row].gather(-1, at.clamp(min=0).expand(x.shape[0], -1, -1))
+    at = torch.arange(size, device=left.device) - size + left[:, None]
+    here = (at >= 0) & (packed.run[chunk, row].gather(1, at.clamp(min=0)) == last[:, None])
+    line = x[:, chunk * batch + row].gather(-1, at.clamp(min=0).expand(x.shape[0], -1, -1))
     h = _columns(torch.where(here, line, 0.0) @ write).transpose(0, 1)
-    entered = before[:, mine, row].transpose(0, 1) * _exp(log_a, left[:, None, None])
-    h = torch.view_as_real(h + torch.where((last == entering[mine, row])[:, None, None], entered, 0.0))
-    old = torch.zeros_like(h) if state is None else state
-    return torch.where((count > 0)[:, None, None, None], h, old)
+    entered = before[:, chunk, row].transpose(0, 1) * _exp(log_a, left[:, None, None])
+    return h + torch.where((last == packed.entering[chunk, row])[:, None, None], entered, 0.0)
 
 
 def _masked_toeplitz(x: Float[Tensor, "d m r"], k: Float[Tensor, "d r"], run: Int[Tensor, "m r"]) -> Float[Tensor, "d m r"]:
@@ -411,41 +445,62 @@ def _triangle(k: Float[Tensor, "d r"]) -> Float[Tensor, "d r r"]:
     return F.pad(k, (size - 1, 0)).unfold(-1, size, 1).flip(1)
 
 
+def _root(count: int) -> int:
+    """The power of two from sqrt(count) on."""
+    size = 1
+    while size * size < count:
+        size *= 2
+    return size
+
+
 def _exp(log_a: Complex[Tensor, "..."], times: int | Tensor) -> Complex[Tensor, "..."]:
     """Abar^times. By magnitude and angle, which vectorises where a complex exponential does not."""
     return torch.polar((log_a.real * times).exp(), log_a.imag * times)
 
 
-def _powers(log_a: Complex[Tensor, "d n"], scale: Complex[Tensor, "d n"], count: int,
+def _grid(tokens: int) -> tuple[int, int, int]:
+    """(size, near, many): T tokens as near * many chunks of `size`, about sqrt(T) each, the last ones partly empty."""
+    size = _root(tokens)
+    near = _root(size)
+    return size, near, -(-tokens // (size * near))
+
+
+def _powers(log_a: Complex[Tensor, "d n"], scale: Complex[Tensor, "d n"], near: int, many: int,
             reverse: bool = False) -> Complex[Tensor, "d l n"]:
-    """scale Abar^l for l < count, or in reverse order. Each is a product of two exponentials, so that only
-    2 sqrt(count) are taken; a longer product would lose digits."""
-    size = 1
-    while size * size < count:
-        size *= 2
-    many = -(-count // size)
-    near = _exp(log_a[:, None], torch.arange(size, device=log_a.device)[:, None])
-    far = scale[:, None] * _exp((log_a * size)[:, None], torch.arange(many, device=log_a.device)[:, None])
+    """scale Abar^l for l < near * many, or in reverse order.
+
+    Each is a product of two exponentials, so that only near + many are taken; longer products would lose digits.
+    """
+    index = torch.arange(max(near, many), device=log_a.device)[:, None]
+    left = scale[:, None] * _exp((log_a * near)[:, None], index[:many])
+    right = _exp(log_a[:, None], index[:near])
     if reverse:
-        return (far.flip(1)[:, :, None] * near.flip(1)[:, None]).flatten(1, 2)[:, size * many - count :]
-    return (far[:, :, None] * near[:, None]).flatten(1, 2)[:, :count]
+        left, right = left.flip(1), right.flip(1)
+    return (left[:, :, None] * right[:, None]).flatten(1, 2)
 
 
-def _writes(log_a: Complex[Tensor, "d n"], b: Complex[Tensor, "d n"], size: int) -> Float[Tensor, "d r 2n"]:
+def _writes(log_a: Complex[Tensor, "d n"], b: Complex[Tensor, "d n"], size: int) -> Float[Tensor, "d r 2*n"]:
     """What each of `size` tokens adds to the state after the last: b Abar^(size-1-j), real and imaginary side by side."""
-    return torch.view_as_real(_powers(log_a, b, size, reverse=True)).flatten(-2)
+    near = _root(size)
+    return torch.view_as_real(_powers(log_a, b, near, size // near, reverse=True)).flatten(-2)
 
 
-def _reads(log_a: Complex[Tensor, "d n"], c: Complex[Tensor, "d n"], size: int) -> Float[Tensor, "d r 2n"]:
+def _reads(log_a: Complex[Tensor, "d n"], c: Complex[Tensor, "d n"], size: int) -> Float[Tensor, "d r 2*n"]:
     """What each of `size` tokens reads: 2 Re(c' Abar^i h) as a real product with h's parts side by side."""
-    return torch.view_as_real(_powers(torch.complex(log_a.real, -log_a.imag), torch.complex(2 * c.real, -2 * c.imag), size)).flatten(-2)
+    conjugate = lambda z: torch.complex(z.real, -z.imag)  # noqa: E731
+    near = _root(size)
+    return torch.view_as_real(_powers(conjugate(log_a), conjugate(2 * c), near, size // near)).flatten(-2)
 
 
-def _together(segments: Segments) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"], Int[Tensor, "b t"]]:
-    """(source, place, run): real tokens moved to the front, and their runs; holds behind them stand in the last run."""
+def _together(segments: Segments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(source, place, run [B, T], count [B]): real tokens moved to the front as by `Segments.order`, their runs and number.
+
+    Holds behind them stand in the last run.
+    """
     source, place = segments.order()
-    front = torch.arange(source.shape[1], device=source.device) < segments.real.sum(1, keepdim=True)
-    return source, place, torch.where(front, segments.run.gather(1, source), segments.run[:, -1:])
+    count = segments.real.sum(1)
+    front = torch.arange(source.shape[1], device=source.device) < count[:, None]
+    return source, place, torch.where(front, segments.run.gather(1, source), segments.run[:, -1:]), count
 
 
 def _nothing(u: Tensor, log_a: Tensor) -> Float[Tensor, "b d n 2"]:
@@ -456,8 +511,8 @@ def _complex(pairs: Float[Tensor, "... n 2"]) -> Complex[Tensor, "... n"]:
     return torch.view_as_complex(pairs.contiguous())
 
 
-def _columns(x: Float[Tensor, "d r 2n"]) -> Complex[Tensor, "d r n"]:
-    """Complex numbers of neighbouring columns, as products with `_pairs` leave them."""
+def _columns(x: Float[Tensor, "d r w"]) -> Complex[Tensor, "d r n"]:
+    """Complex numbers of neighbouring columns, as products with `_writes` leave them."""
     return _complex(x.unflatten(-1, (-1, 2)))
 
 

@@ -46,5 +46,5 @@ def merge(partials: Sequence[Partial]) -> Partial:
     seen = total > 0
     safe = torch.where(seen, total, 1.0)
     share = weight / safe
-    y = sum(share[i].unsqueeze(-1) * part.y for i, part in enumerate(partials))
+    y = torch.stack([share[i].unsqueeze(-1) * part.y for i, part in enumerate(partials)]).sum(0)
     return Partial(y.to(partials[0].y.dtype), torch.where(seen, top + safe.log(), -torch.inf))

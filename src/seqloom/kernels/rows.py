@@ -29,13 +29,13 @@ from seqloom.core.segments import Segments
 class Bucket(NamedTuple):
     """n segments of similar length, as rows of L slots; L is the length of the longest.
 
-    index: flat index b * T + t of each slot's token; a slot past the end repeats the segment's last token
+    token: flat index b * T + t of each slot's token; a slot past the end repeats the segment's last token
     real:  False in the slots past the end
     row:   which row b of the batch a segment stands in
     run:   which run of that row it is (`Segments.run`): 0 goes on from the incoming state
     """
 
-    index: Int[Tensor, "n l"]
+    token: Int[Tensor, "n l"]
     real: Bool[Tensor, "n l"]
     row: Int[Tensor, " n"]
     run: Int[Tensor, " n"]
@@ -64,7 +64,7 @@ class Rows:
 
     @cached_property
     def sizes(self) -> list[int]:
-        return [bucket.index.numel() for bucket in self.buckets]
+        return [bucket.token.numel() for bucket in self.buckets]
 
     def split(self, x: Tensor) -> list[Tensor]:
         """x [B, T, ...] as rows [n, L, ...], one tensor a bucket, zeros past the end of a segment.
@@ -75,7 +75,7 @@ class Rows:
             return [x]
         flat = _Gather.apply(x.flatten(0, 1), self.index, self.blanks, self.place, self.holds)
         parts = flat.split(self.sizes)
-        return [part.unflatten(0, bucket.index.shape) for part, bucket in zip(parts, self.buckets, strict=True)]
+        return [part.unflatten(0, bucket.token.shape) for part, bucket in zip(parts, self.buckets, strict=True)]
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The inverse of `split`: rows [n, L, ...] back to [B, T, ...], zeros at tokens that hold.
@@ -123,7 +123,7 @@ def regroup(segments: Segments) -> Rows:
         buckets.append(Bucket(index, slot <= last, index[:, 0] // tokens, run[index[:, 0]]))
 
     if buckets:
-        index = torch.cat([bucket.index.flatten() for bucket in buckets])
+        index = torch.cat([bucket.token.flatten() for bucket in buckets])
         filled = torch.cat([bucket.real.flatten() for bucket in buckets])
     else:
         index, filled = flat, real[:0]

@@ -14,11 +14,12 @@ three ways to say where the tokens stand:
                   tokens as the last T keys, in order, and the keys before them in order of position
 
 A query without a visible key has y = 0 and lse = -inf, with finite gradients; so has a query that holds.
-Source: [flashattention-2]; grouped queries and windows as in its point 3 and 4.
+Source: [flashattention-2]; grouped queries and windows as in points 3 and 4 of its sheet.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -83,10 +84,11 @@ class Pattern:
         if self.slopes is not None:
             i = queries.position if queries.at is None else queries.at
             j = keys.position if keys.at is None else keys.at
-            slopes = torch.tensor(self.slopes, dtype=dtype, device=i.device)[:, None, None]
+            # filled on the device: a copy from the host would wait, and cannot be part of a CUDA graph
+            slopes = torch.cat([torch.full((1, 1, 1), slope, dtype=dtype, device=i.device) for slope in self.slopes])
             bias = -slopes * (i[:, None, :, None] - j[:, None, None, :]).abs().to(dtype)
-        if keys.count is not None:
-            counts = keys.count.to(dtype).log()[:, None, None, :]
+        if keys.counts is not None:
+            counts = keys.counts.to(dtype).log()[:, None, None, :]
             bias = counts if bias is None else bias + counts
         return bias
 
@@ -98,49 +100,54 @@ class Coords(NamedTuple):
     run:      which segment; tokens see each other only where it is equal
     real:     False where a token holds: it is not seen and sees nothing. None: all are real
     at:       positions for the distance bias, where they are not `position`
-    count:    how many tokens a key stands for (a log-count bias); None: one each
+    counts:   how many tokens a key stands for (a log-count bias); None: one each
     """
 
     position: Tensor
     run: Tensor
     real: Tensor | None = None
     at: Tensor | None = None
-    count: Tensor | None = None
+    counts: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Coords:
+        rest = (None if x is None else change(x) for x in self[2:])
+        return Coords(change(self.position), change(self.run), *rest)
 
     def slice(self, start: int, stop: int) -> Coords:
-        return Coords(*(x if x is None else x[:, start:stop] for x in self))
+        return self.map(lambda x: x[:, start:stop])
 
     def take(self, index: Tensor) -> Coords:
         """Tokens `index` [B, R] of every row."""
-        pick = lambda x: x if x is None else x.expand(index.shape[0], -1).gather(1, index)  # noqa: E731
-        return Coords(*map(pick, self))
+        return self.map(lambda x: x.expand(index.shape[0], -1).gather(1, index))
 
     def pad(self, before: int, after: int) -> Coords:
         """With tokens at either end that no query sees."""
-        real = torch.ones_like(self.position, dtype=torch.bool) if self.real is None else self.real
-        padded = (x if x is None else F.pad(x, (before, after), value=0) for x in self._replace(real=real))
-        return Coords(*padded)
+        return self.all_real().map(lambda x: F.pad(x, (before, after)))
+
+    def all_real(self) -> Coords:
+        """The same with `real` written out."""
+        return self if self.real is not None else self._replace(real=torch.ones_like(self.position, dtype=torch.bool))
 
     @property
     def rows(self) -> int:
         return max(x.shape[0] for x in self if x is not None)
 
     def expand(self, rows: int) -> Coords:
-        return Coords(*(x if x is None else x.expand(rows, -1) for x in self))
+        return self.map(lambda x: x.expand(rows, -1))
 
     def window(self, size: int, step: int) -> Coords:
         """Overlapping windows of `size` tokens every `step`, as rows: [(B n), size]."""
-        return Coords(*(x if x is None else x.unfold(1, size, step).flatten(0, 1) for x in self))
+        return self.map(lambda x: x.unfold(1, size, step).flatten(0, 1))
 
 
 def cat(first: Coords, second: Coords) -> Coords:
     """The tokens of `first`, then those of `second`."""
     if first.real is not None or second.real is not None:
-        first, second = (c if c.real is not None else c._replace(real=torch.ones_like(c.position, dtype=torch.bool))
-                         for c in (first, second))
+        first, second = first.all_real(), second.all_real()
     rows = max(first.rows, second.rows)
-    join = lambda a, b: None if a is None else torch.cat([a, b], 1)  # noqa: E731
-    return Coords(*map(join, first.expand(rows), second.expand(rows)))
+    a, b = first.expand(rows), second.expand(rows)
+    rest = (None if x is None or y is None else torch.cat([x, y], 1) for x, y in zip(a[2:], b[2:], strict=True))
+    return Coords(torch.cat([a.position, b.position], 1), torch.cat([a.run, b.run], 1), *rest)
 
 
 def line(tokens: int, device: torch.device, start: int = 0) -> Coords:
@@ -171,7 +178,7 @@ def weights(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b s g k"], *, pattern
             at: Tensor | None = None, queries: Coords | None = None, keys: Coords | None = None,
             scale: float | None = None) -> tuple[Float[Tensor, "b h t s"], Float[Tensor, "b t h"]]:
     """The mixing weights (rows sum to 1, or to 0 where no key is visible) and the log-sum-exp of their scores."""
-    q, k, _, queries, keys = _placed(q, k, None, segments, at, queries, keys)
+    q, k, _, queries, keys = _placed(q, k, k, segments, at, queries, keys)
     wide = accumulator(q.dtype)
     q = rearrange(q.to(wide) * _scale(q, scale), "b t (g r) k -> b g r t k", g=_groups(q, k))
     score = rearrange(einsum(q, k.to(wide), "b g r t k, b s g k -> b g r t s"), "b g r t s -> b (g r) t s")
@@ -229,8 +236,8 @@ FORMS = {"matrix": matrix, "chunked": chunked, "fused": fused}
 
 # Where tokens stand -------------------------------------------------------------------------------------------------
 
-def _placed(q: Tensor, k: Tensor, v: Tensor | None, segments: Segments | None, at: Tensor | None, queries: Coords | None,
-            keys: Coords | None) -> tuple[Tensor, Tensor, Tensor | None, Coords, Coords]:
+def _placed(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, at: Tensor | None, queries: Coords | None,
+            keys: Coords | None) -> tuple[Tensor, Tensor, Tensor, Coords, Coords]:
     """Coordinates of queries and keys, and the streams with what holds set to 0, by selection.
 
     Keys with coordinates of their own were held when they were stored: they are finite, and not copied again here.
@@ -249,7 +256,7 @@ def _placed(q: Tensor, k: Tensor, v: Tensor | None, segments: Segments | None, a
         queries = line(tokens, q.device) if queries is None else queries
         return q if segments is None else segments.hold(q), k, v, queries, keys
     if segments is not None:
-        q, k, v = segments.hold(q), segments.hold(k), None if v is None else segments.hold(v)
+        q, k, v = segments.hold(q), segments.hold(k), segments.hold(v)
     return q, k, v, queries, keys
 
 
@@ -361,18 +368,17 @@ def _over_group(x: Tensor, y: Tensor) -> Tensor:
 
 # Windows as a band ---------------------------------------------------------------------------------------------------
 
-def _chunk(window: int) -> tuple[int, int]:
-    """Queries in a chunk, and how many chunks to a side hold every key that they see."""
+def _chunk(pattern: Pattern) -> tuple[int, int, int]:
+    """Queries in a chunk; how many chunks before it hold what they see; keys that stand beside a chunk in all."""
+    window = pattern.window or 1
     chunk = max(CHUNK, -(-window // 2))
-    return chunk, -(-(window - 1) // chunk)
+    reach = -(-(window - 1) // chunk)
+    return chunk, reach, chunk * (reach * (1 if pattern.causal else 2) + 1)
 
 
 def _banded(pattern: Pattern, stored: int) -> bool:
     """Whether a window is much narrower than the keys there are."""
-    if pattern.window is None:
-        return False
-    chunk, reach = _chunk(pattern.window)
-    return stored > chunk * (reach * (1 if pattern.causal else 2) + 1)
+    return pattern.window is not None and stored > _chunk(pattern)[2]
 
 
 def _band(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, segments: Segments | None, queries: Coords, keys: Coords,
@@ -383,7 +389,7 @@ def _band(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, segments: Segments 
     together first. `attend(q, k, v, pattern, queries, keys, scale)` computes the rows.
     """
     batch, tokens = q.shape[:2]
-    chunk, reach = _chunk(pattern.window)
+    chunk, reach, size = _chunk(pattern)
     past = k.shape[1] - tokens
     if segments is not None:
         source, place = segments.order()
@@ -392,7 +398,6 @@ def _band(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, segments: Segments 
     # key r stands `reach` chunks before query r: drop or add keys in front, and fill the last chunk
     left, extra = reach * chunk - past, -tokens % chunk
     right = extra + (0 if pattern.causal else reach * chunk)
-    size = chunk * (reach * (1 if pattern.causal else 2) + 1)
     if left < 0:
         k, v, keys = k[:, -left:], v[:, -left:], keys.slice(-left, k.shape[1])
         left = 0
@@ -403,11 +408,12 @@ def _band(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, segments: Segments 
     q = rearrange(frame(q, 0, extra), "b (n c) h k -> (b n) c h k", c=chunk)
     y, lse = attend(q, rows(k), rows(v), pattern, queries.pad(0, extra).window(chunk, chunk),
                     keys.pad(left, right).window(size, chunk), scale)
-    join = lambda x: None if x is None else rearrange(x, "(b n) c ... -> b (n c) ...", b=batch)[:, :tokens]  # noqa: E731
-    y, lse = join(y), join(lse)
-    if segments is not None:
-        y, lse = take(y, place), None if lse is None else take(lse, place)
-    return Partial(y, lse)
+
+    def join(x: Tensor) -> Tensor:
+        x = rearrange(x, "(b n) c ... -> b (n c) ...", b=batch)[:, :tokens]
+        return x if segments is None else take(x, place)
+
+    return Partial(join(y), None if lse is None else join(lse))
 
 
 # By scaled_dot_product_attention -------------------------------------------------------------------------------------
@@ -465,7 +471,7 @@ def _by_rows(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, segments: Segmen
     for i, (q_in, k_in, v_in) in enumerate(zip(rows.split(q), rows.split(k), rows.split(v), strict=True)):
         real = rows.buckets[i].real
         if at is not None:
-            place = line(real.shape[1], q.device)._replace(real=real, at=at.flatten()[rows.buckets[i].index])
+            place = line(real.shape[1], q.device)._replace(real=real, at=at.flatten()[rows.buckets[i].token])
             parts.append(_sdpa_masked(q_in, k_in, v_in, pattern, place, place, scale).y)
         else:
             unseen = pattern.causal and not pattern.prefix  # pads stand at the end of a row, after every real query

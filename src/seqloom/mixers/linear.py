@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from seqloom.core import BuildContext, Info, Memory, Mixer, Placement, Spec, scan
+from seqloom.core import BuildContext, Info, Memory, Mixer, Placement, Segments, Spec, scan
 from seqloom.core.context import split
 from seqloom.core.mixer import accumulator
 from seqloom.kernels import decay_scan
@@ -113,10 +113,13 @@ class LinearAttentionLayer(Mixer):
     def read_in(self, source: Tensor, info: Info = Info()) -> Memory:
         """The sum over the whole source: one [K, V] memory per head, whatever the source's length."""
         info.check("LinearAttention", self.uses)
-        real = torch.ones(source.shape[:2], dtype=torch.bool, device=source.device) if info.segments is None else info.segments != 0
-        source = torch.where(real[..., None], source, 0.0)
-        _, k, v, _ = self._streams(source, None, Placement(None, None))
-        k = torch.where(real[..., None, None], k, 0.0)
+        segments = None
+        if info.segments is not None:  # one run: a source is read as a whole, only its pads are left out
+            real = info.segments != 0
+            segments = Segments(real, torch.zeros_like(real, dtype=torch.int64))
+            source = segments.hold(source)
+        _, k, v, _ = self._streams(source, None, Placement(segments, None))
+        k = k if segments is None else segments.hold(k)
         wide = accumulator(source.dtype)
         return Memory(torch.einsum("bshk,bshv->bhkv", k.to(wide), v.to(wide)))
 

@@ -216,7 +216,10 @@ class SoftmaxAttentionLayer(Mixer):
         batch, tokens = k.shape[:2]
         count = torch.zeros(batch, dtype=torch.int64, device=k.device)
         if segments is None and self.spec.window is None:
-            return Full(k.transpose(1, 2), v.transpose(1, 2), at, count + tokens, count)
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+            if not torch.is_grad_enabled():  # views would keep the whole projection in memory; autograd does so anyway
+                k, v = k.contiguous(), v.contiguous()
+            return Full(k, v, at, count + tokens, count)
         kind = Ragged if self.spec.window is None else Slots
         cells = kind(*self._slots(batch, self.spec.window or tokens, k.dtype, k.device))
         return self._write(cells, k, v, at, segments, _ranks(cells, segments, tokens), in_place=True)

@@ -7,7 +7,8 @@ from seqloom.models.heads import HEADS
 from seqloom.models.sequence import Output, SequenceModel
 from seqloom.models.stems import STEMS
 from seqloom.parts import MLPS
+from seqloom.parts.positions import SCALINGS
 
-KINDS = {**MIXERS, **MLPS, **STEMS, **HEADS, "block": Block, "stack": Stack, "sequence_model": SequenceModel}
+KINDS = {**MIXERS, **MLPS, **SCALINGS, **STEMS, **HEADS, "block": Block, "stack": Stack, "sequence_model": SequenceModel}
 
 __all__ = ["KINDS", "Block", "Output", "SequenceModel", "Stack", "from_dict", "pack", "to_dict", "unpack"]

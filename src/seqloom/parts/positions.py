@@ -165,10 +165,11 @@ class _TurnSplit(torch.autograd.Function):
         ctx.split = inputs[3:]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple:
         cos, sin = ctx.saved_tensors
         heads, groups = ctx.split
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            return torch.cat([rotate(dq, cos, -sin), rotate(dk, cos, -sin), dv], 2), None, None, None, None
         dx = dq.new_empty(*dq.shape[:2], heads + 2 * groups, dq.shape[-1])
         _turn_into(dx[:, :, :heads], dq, cos, -sin)
         _turn_into(dx[:, :, heads : heads + groups], dk, cos, -sin)
