@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
 from typing import ClassVar, Literal, NamedTuple
 
 import pytest
@@ -521,12 +520,3 @@ def test_requirements_hold_on_means():
     assert str(core.below("method", 0.2, on="late")) == "method <= 0.2 on late"
     check = core.Check(text="", where="", measure=lambda: 1.0, limit=1.0)
     assert check.holds(1.0) and not check.holds(1.1) and not check.holds(float("nan"))
-
-
-def test_use_form_does_not_reach_another_thread():
-    found = []
-    with core.use_form("recurrent"):
-        thread = threading.Thread(target=lambda: found.append(ran()))
-        thread.start()
-        thread.join()
-    assert found == ["chunked"]

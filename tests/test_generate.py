@@ -88,6 +88,9 @@ def test_the_stream_hands_out_tokens_as_they_come(model):
     rows = generate(model, ids, max_new_tokens=5, callback=lambda step: seen.append(step.ids.tolist()))
     steps = stream(model, ids, max_new_tokens=5)
     assert [step.ids.tolist() for step in steps] == seen == [list(pair) for pair in zip(*rows, strict=True)]
+    first = seen[0][0]
+    late = [step for step in stream(model, ids, max_new_tokens=5, stop=[first])]
+    assert [int(step.ids[0]) for step in late] == [first] * len(late) and bool(late[0].done[0])
     endless = stream(model, ids, max_new_tokens=None)
     assert [next(endless).ids.tolist() for _ in range(5)] == seen
 

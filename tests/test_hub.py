@@ -378,7 +378,7 @@ def test_cropping_is_as_if_the_tokens_had_not_been_read(model, capacity):
         if back == 12:  # twice without a call between
             cache.crop(-2)
             length -= 2
-        assert cache.get_seq_length() == length
+        assert cache.get_seq_length() == length and length - cache.length < 32  # little is read again, prompt or not
         out = model(ids[:, length : length + forth], past_key_values=cache, output_hidden_states=True)
         whole = model(ids[:, : length + forth], output_hidden_states=True)
         close(out.logits, whole.logits[:, length:])

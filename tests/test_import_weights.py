@@ -25,7 +25,7 @@ def rope(kind: str, **settings) -> dict:
 
 
 CASES = {
-    "llama": ("LlamaForCausalLM", dict(ATTENTION, rms_norm_eps=1e-4)),
+    "llama": ("LlamaForCausalLM", dict(ATTENTION, rms_norm_eps=0.05)),
     "llama-tied-biased": ("LlamaForCausalLM", dict(ATTENTION, tie_word_embeddings=True, attention_bias=True, head_dim=12)),
     "llama-linear": ("LlamaForCausalLM", dict(ATTENTION, **rope("linear", factor=3.0))),
     "llama-llama3": ("LlamaForCausalLM", dict(ATTENTION, **rope(
@@ -38,13 +38,14 @@ CASES = {
     "mistral-full": ("MistralForCausalLM", dict(ATTENTION, sliding_window=None, head_dim=16)),
     "qwen2": ("Qwen2ForCausalLM", dict(ATTENTION)),
     "qwen2-window": ("Qwen2ForCausalLM", dict(ATTENTION, use_sliding_window=True, sliding_window=7, max_window_layers=1)),
-    "qwen3": ("Qwen3ForCausalLM", dict(ATTENTION, head_dim=16, rms_norm_eps=1e-5)),
+    "qwen3": ("Qwen3ForCausalLM", dict(ATTENTION, head_dim=16, rms_norm_eps=0.02)),
     "qwen3-biased": ("Qwen3ForCausalLM", dict(ATTENTION, head_dim=8, attention_bias=True, tie_word_embeddings=True)),
-    "mamba": ("MambaForCausalLM", dict(SHARED, state_size=5)),
+    "mamba": ("MambaForCausalLM", dict(SHARED, state_size=5, layer_norm_epsilon=0.05)),
     "mamba-biased": ("MambaForCausalLM", dict(
         SHARED, state_size=8, expand=1, conv_kernel=3, use_bias=True, use_conv_bias=False, time_step_rank=7,
         tie_word_embeddings=False)),
-    "mamba2": ("Mamba2ForCausalLM", dict(SHARED, state_size=8, num_heads=4, head_dim=16, n_groups=2, chunk_size=16)),
+    "mamba2": ("Mamba2ForCausalLM", dict(
+        SHARED, state_size=8, num_heads=4, head_dim=16, n_groups=2, chunk_size=16, layer_norm_epsilon=0.05)),
     "mamba2-biased": ("Mamba2ForCausalLM", dict(
         SHARED, state_size=6, num_heads=4, head_dim=8, expand=1, n_groups=1, use_bias=True, use_conv_bias=False, conv_kernel=2,
         tie_word_embeddings=True, time_step_limit=(0.01, 0.5))),

@@ -225,8 +225,8 @@ MISTAKES = [
     ),
     Mistake(
         "a tap reaches into another segment",
-        "kernels.short_conv.parallel",
-        "torch.where(same, tap, 0.0)",
+        "kernels.short_conv._tap",
+        "tap if same is None else torch.where(same[..., j, None], tap, 0.0)",
         "tap",
         "linear-conv", "packing",
     ),
@@ -357,8 +357,8 @@ MISTAKES = [
     Mistake(
         "what is read of a state is one power late",
         "kernels.long_conv._readout",
-        "_powers(log_a, size + first)[..., first:]",
-        "_powers(log_a, size + first)[..., :size]",
+        "c * _exp(log_a, 1)",
+        "c",
         "s4d", "resume",
     ),
     # softmax attention

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from seqloom.core import keep_pages
+
 
 class Timing(NamedTuple):
     """Seconds per call: median over rounds, with the fastest and slowest round."""
@@ -20,6 +22,7 @@ class Timing(NamedTuple):
 
 def interleave(calls: Mapping[str, Callable[[], object]], *, rounds: int = 5, warmup: int = 1) -> dict[str, Timing]:
     """Time each call once per round, in turn, so that a machine's drift falls on all of them alike."""
+    keep_pages()  # for all calls alike
     for call in calls.values():
         for _ in range(warmup):
             call()

@@ -7,6 +7,7 @@ from seqloom.core.context import BuildContext
 from seqloom.core.errors import BadInput, FailedRun, MissingExtra, near, require_extra
 from seqloom.core.forms import form_report, gpu_only, run, runnable, use_form
 from seqloom.core.info import Info
+from seqloom.core.memory import keep_pages
 from seqloom.core.mixer import Mixer, Placement
 from seqloom.core.paper import Beats, Budget, Check, Claim, Paper, Verdict, above, beats, below
 from seqloom.core.scan import carry, scan
@@ -17,6 +18,6 @@ from seqloom.core.state import Memory, Mixed, State
 __all__ = [
     "BadInput", "Beats", "BuildContext", "Budget", "Check", "Claim", "FailedRun", "Info", "Memory", "MissingExtra",
     "Mixed", "Mixer", "Paper", "Placement", "Segments", "Spec", "State", "Track", "Verdict", "above", "beats", "below", "carry",
-    "form_report", "from_dict", "gpu_only", "load_yaml", "near", "require_extra", "run", "runnable", "scan", "to_dict",
+    "form_report", "from_dict", "gpu_only", "keep_pages", "load_yaml", "near", "require_extra", "run", "runnable", "scan", "to_dict",
     "use_form",
 ]

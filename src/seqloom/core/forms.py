@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 
 log = logging.getLogger("seqloom.forms")
-_asked: dict[str, str] = {}  # a plain dictionary, so that a traced graph can be guarded by it
+_asked: ContextVar[Mapping[str, str]] = ContextVar("seqloom_form", default={})
+_traced: dict[str, str] = {}  # the same for a tracer, which cannot read a ContextVar but guards a graph by a dictionary
 _seen: dict[tuple[str, str], str] = {}
 
 # Automatic choice, best first. A single token always takes the recurrence.
@@ -31,13 +33,17 @@ def gpu_only(function: Callable) -> Callable:
 @contextlib.contextmanager
 def use_form(form: str | None = None, /, **by_mixer: str) -> Iterator[None]:
     """Ask for a form inside the block: `use_form("chunked")` for all mixers, or `use_form(mamba="recurrent")`."""
-    before = dict(_asked)
-    _asked.update(by_mixer if form is None else {"*": form, **by_mixer})
+    before = dict(_traced)
+    wanted = {**_asked.get(), **by_mixer} if form is None else {**_asked.get(), "*": form, **by_mixer}
+    token = _asked.set(wanted)
+    _traced.clear()
+    _traced.update(wanted)
     try:
         yield
     finally:
-        _asked.clear()
-        _asked.update(before)
+        _asked.reset(token)
+        _traced.clear()
+        _traced.update(before)
 
 
 def runnable(forms: Mapping[str, Callable], device: torch.device | str) -> list[str]:
@@ -49,7 +55,8 @@ def runnable(forms: Mapping[str, Callable], device: torch.device | str) -> list[
 def choose(forms: Mapping[str, Callable], *, name: str, tokens: int, device: torch.device,
            layer_form: str | None = None, prefer: tuple[str, ...] = PREFERENCE) -> str:
     """The form to run: what was asked for, or the preferred one that this device can run."""
-    form = _asked.get(name) or _asked.get("*") or layer_form
+    asked = _traced if torch.compiler.is_compiling() else _asked.get()
+    form = asked.get(name) or asked.get("*") or layer_form
     able = runnable(forms, device)
     if form is not None:
         if form not in forms:

@@ -11,6 +11,7 @@ from seqloom.core import segments as seg
 from seqloom.core import state as st
 from seqloom.core.forms import run
 from seqloom.core.info import Info
+from seqloom.core.marks import marks
 from seqloom.core.segments import Segments, Track
 from seqloom.core.state import Memory, Mixed, State
 
@@ -89,7 +90,8 @@ class Mixer(nn.Module):
 
         dtype is that of the activations (default: of the parameters); accumulators are float32 or wider anyway.
         """
-        like = next(self.parameters())
+        # a parameter that stays float32 in any cast does not tell what the activations are
+        like = next((p for p in self.parameters() if not marks(p)["keep_float32"]), next(self.parameters()))
         dtype, device = dtype or like.dtype, device or like.device
         return State(Track.start(batch, device), self.empty(batch, capacity, dtype, device))
 

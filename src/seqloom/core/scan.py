@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from seqloom.core.segments import Segments
 from seqloom.core.state import Mixed
 from seqloom.core.state import tree_map as _map
-from torch.utils import _pytree as pytree
 
 
 def scan(step: Callable[..., tuple[Any, Tensor]], *streams: Tensor, state: Any, segments: Segments | None = None,
@@ -56,19 +56,20 @@ def carry(a: Tensor, b: Tensor, h: Tensor, *, act: Callable[[Tensor, Tensor], Te
     n = a.shape[1]
     if n <= group:
         before = []
-        for i in range(n):
+        for a_i, b_i in zip(a.unbind(1), b.unbind(1), strict=True):
             before.append(h)
-            h = act(a[:, i], h) + b[:, i]
+            h = act(a_i, h) + b_i
         return torch.stack(before, 1), h
     groups = n // group
     whole = groups * group
-    a_in = a[:, :whole].unflatten(1, (groups, group))
-    b_in = b[:, :whole].unflatten(1, (groups, group))
-    product, total = a_in[:, :, 0], b_in[:, :, 0]
+    # unbind, not an index each: autograd would fill a tensor of the whole size for every one of them
+    a_in = a[:, :whole].unflatten(1, (groups, group)).unbind(2)
+    b_in = b[:, :whole].unflatten(1, (groups, group)).unbind(2)
+    product, total = a_in[0], b_in[0]
     products, totals = [product], [total]
-    for i in range(1, group):
-        total = act(a_in[:, :, i], total) + b_in[:, :, i]
-        product = compose(a_in[:, :, i], product)
+    for a_i, b_i in zip(a_in[1:], b_in[1:], strict=True):
+        total = act(a_i, total) + b_i
+        product = compose(a_i, product)
         products.append(product)
         totals.append(total)
     start, h = carry(product, total, h, act=act, compose=compose, group=group)

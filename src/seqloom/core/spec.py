@@ -66,6 +66,8 @@ def to_dict(spec: Any, kinds: Mapping[str, type]) -> Any:
         if type(spec) not in names:
             raise BadInput(f"{type(spec).__name__} is not in the table of kinds, so it cannot be saved")
         values = {field.name: to_dict(getattr(spec, field.name), kinds) for field in dataclasses.fields(spec)}
+        if KIND in values:
+            raise BadInput(f"{type(spec).__name__} has a field called {KIND!r}, which is where a spec's name is stored; rename it")
         return {KIND: names[type(spec)], **values}
     if isinstance(spec, (tuple, list)):
         return [to_dict(item, kinds) for item in spec]
@@ -118,9 +120,19 @@ def from_dict(data: Any, kinds: Mapping[str, type], where: str = "", lines: Mapp
 def _checked(value: Any, hint: Any, place: str) -> Any:
     """`value` if it fits the annotation (an int is taken for a float), else an error that says what was expected."""
     if not _fits(value, hint):
-        shown = getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
-        raise BadInput(f"{place}: expected {shown}, found {value!r}")
+        raise BadInput(f"{place}: expected {_shown(hint)}, found {value!r}")
     return float(value) if hint is float else value
+
+
+def _shown(hint: Any) -> str:
+    """An annotation as a user reads it."""
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(map(_shown, typing.get_args(hint)))
+    if hint is type(None):
+        return "null"
+    return hint.__name__ if isinstance(hint, type) and typing.get_origin(hint) is None else str(hint).replace("typing.", "")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -180,7 +192,12 @@ def load_yaml(text: str, name: str = "the YAML") -> tuple[Any, dict[str, int]]:
 
     if root is not None:
         walk(root, "")
-    return yaml.safe_load(text), lines
+    try:
+        return yaml.safe_load(text), lines
+    except yaml.YAMLError as error:  # tags that would build objects
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise BadInput(f"{name}{line}: not plain YAML: {getattr(error, 'problem', None) or error}") from error
 
 
 # Format versions ------------------------------------------------------------------------------------------------

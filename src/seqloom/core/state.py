@@ -97,7 +97,8 @@ def save(state: Any, path: str | Path) -> None:
     from safetensors.torch import save_file
 
     named, _ = pytree.tree_flatten_with_path(state)
-    save_file({pytree.keystr(key) or "state": leaf.contiguous() for key, leaf in named}, str(path))
+    # copies: safetensors refuses tensors that share memory
+    save_file({_name(key): leaf.contiguous().clone() for key, leaf in named if isinstance(leaf, Tensor)}, str(path))
 
 
 def load(like: Any, path: str | Path) -> Any:
@@ -106,7 +107,12 @@ def load(like: Any, path: str | Path) -> Any:
 
     stored = load_file(str(path))
     named, tree = pytree.tree_flatten_with_path(like)
-    missing = [pytree.keystr(key) or "state" for key, _ in named if (pytree.keystr(key) or "state") not in stored]
-    if missing or len(stored) != len(named):
-        raise ValueError(f"{path} does not hold this model's state: {len(missing)} of {len(named)} tensors are missing")
-    return pytree.tree_unflatten([stored[pytree.keystr(key) or "state"] for key, _ in named], tree)
+    wanted = [_name(key) for key, leaf in named if isinstance(leaf, Tensor)]
+    missing = [name for name in wanted if name not in stored]
+    if missing or len(stored) != len(wanted):
+        raise ValueError(f"{path} does not hold this model's state: {len(missing)} of {len(wanted)} tensors are missing")
+    return pytree.tree_unflatten([stored[_name(key)] if isinstance(leaf, Tensor) else leaf for key, leaf in named], tree)
+
+
+def _name(key: Any) -> str:
+    return pytree.keystr(key) or "state"

@@ -1,6 +1,6 @@
 """Readers and tokenizers: files, folders and hub ids become sequences of ids."""
 
-from seqloom.data.corpus import IGNORE, Corpus, TextBatch, Tokens, prepare
-from seqloom.data.documents import Document, documents, held_out
+from seqloom.data.corpus import IGNORE, Corpus, TextBatch, Tokens, open_corpus, prepare
+from seqloom.data.documents import Document, documents, split
 
-__all__ = ["IGNORE", "Corpus", "Document", "TextBatch", "Tokens", "documents", "held_out", "prepare"]
+__all__ = ["IGNORE", "Corpus", "Document", "TextBatch", "Tokens", "documents", "open_corpus", "prepare", "split"]

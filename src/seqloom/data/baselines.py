@@ -7,6 +7,8 @@ import lzma
 
 import numpy as np
 
+ORDERS = 4  # uniform, one byte, two, three
+
 
 def unigram(train: bytes, held: bytes) -> float:
     """Cross-entropy of the held-out bytes under the training bytes' frequencies (add one)."""
@@ -15,28 +17,27 @@ def unigram(train: bytes, held: bytes) -> float:
 
 
 def trigram(train: bytes, held: bytes, *, tuning: float = 0.05) -> float:
-    """An interpolated byte trigram: p = sum_n w_n p_n over orders 0 to 3, with p_n(x | c) the share of x after c.
+    """An interpolated byte trigram: p(x | a b) = sum_n w_n p_n, with p_n the share of x after the last n bytes, n = 0 to 2, and
+    a uniform term.
 
-    Counts come from the training bytes but for a last share `tuning`, on which the weights are fitted (by expectation
-    maximisation, one set per bucket of how often the context was seen).
+    The weights, one set per bucket of how often the context a b was seen, are fitted by expectation maximisation on a last
+    share `tuning` of the training bytes with counts from the rest; then the counts are taken from all training bytes.
     """
-    cut = int(len(train) * (1 - tuning))
-    body, slice_ = np.frombuffer(train[:cut], np.uint8), np.frombuffer(train[cut:], np.uint8)
-    tables = _tables(body)
-    probabilities, buckets = _orders(tables, slice_)
-    weights = np.full((buckets.max() + 8, 4), 0.25)
+    text, asked = np.frombuffer(train, np.uint8), np.frombuffer(held, np.uint8)
+    cut = int(len(text) * (1 - tuning))
+    probabilities, buckets = _orders(_tables(text[:cut]), text[cut:])
+    weights = np.full((32, ORDERS), 1 / ORDERS)
     for _ in range(20):
         share = weights[buckets] * probabilities
         share /= share.sum(1, keepdims=True)
-        for bucket in np.unique(buckets):
-            weights[bucket] = share[buckets == bucket].mean(0) + 1e-6
-        weights /= weights.sum(1, keepdims=True)
-    probabilities, buckets = _orders(tables, np.frombuffer(held, np.uint8))
+        sums = np.stack([np.bincount(buckets, share[:, n], minlength=len(weights)) for n in range(ORDERS)], 1)
+        weights = (sums + 1e-3) / (sums + 1e-3).sum(1, keepdims=True)
+    probabilities, buckets = _orders(_tables(text), asked)
     return float(-np.log2((weights[buckets] * probabilities).sum(1)).mean())
 
 
-def _tables(body: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    ids = body.astype(np.int64)
+def _tables(text: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ids = text.astype(np.int64)
     one = np.bincount(ids, minlength=256)
     two = np.bincount(ids[:-1] * 256 + ids[1:], minlength=256**2).reshape(256, 256)
     three = np.bincount((ids[:-2] * 256 + ids[1:-1]) * 256 + ids[2:], minlength=256**3).reshape(256**2, 256)
@@ -44,19 +45,19 @@ def _tables(body: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _orders(tables: tuple[np.ndarray, np.ndarray, np.ndarray], text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Probability of each byte by order (uniform, one, two, three), and the bucket of its two-byte context's count."""
+    """Probability of each byte by order (an unseen context falls back to the order below), and its bucket: log2 of the count of
+    its two-byte context. The text is read as if two line ends stood before it."""
     one, two, three = tables
     ids = np.concatenate([[10, 10], text.astype(np.int64)])
     a, b, x = ids[:-2], ids[1:-1], ids[2:]
     context = a * 256 + b
     seen2, seen3 = two.sum(1)[b], three.sum(1)[context]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        p2 = np.where(seen2 > 0, two[b, x] / seen2, one[x] / one.sum())
-        p3 = np.where(seen3 > 0, three[context, x] / seen3, p2)
-    probabilities = np.stack([np.full(len(x), 1 / 256), one[x] / one.sum(), p2, p3], 1)
-    return probabilities, np.minimum(np.log2(seen3 + 1).astype(int), 20)
+    p1 = one[x] / one.sum()
+    p2 = np.where(seen2 > 0, two[b, x] / np.maximum(seen2, 1), p1)
+    p3 = np.where(seen3 > 0, three[context, x] / np.maximum(seen3, 1), p2)
+    return np.stack([np.full(len(x), 1 / 256), p1, p2, p3], 1), np.log2(seen3 + 1).astype(np.int64)
 
 
 def compressors(held: bytes) -> dict[str, float]:
-    """Bits per byte of the concatenated held-out files under gzip -9 and xz."""
+    """Bits per byte of the concatenated held-out documents under gzip -9 and xz."""
     return {"gzip -9": 8 * len(gzip.compress(held, 9)) / len(held), "xz": 8 * len(lzma.compress(held)) / len(held)}

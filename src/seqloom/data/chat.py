@@ -7,33 +7,39 @@ from typing import Any
 from seqloom.core import BadInput
 
 PLAIN = (
-    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: "
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}\n\n{% endgeneration %}"
-    "{% else %}{{ message['content'] }}\n\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}:\n"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] | trim }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] | trim }}\n\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
 )
-"""Turns as "role: content" paragraphs; what the assistant says is learnt, the rest is read. A model trained with it is saved
-with it, so that `tokenizer.apply_chat_template` gives what it was trained on."""
+"""Each turn under its role; what the assistant says is learnt, and that it stops, the rest is read. A model trained with it is
+saved with it, so that `tokenizer.apply_chat_template` gives the tokens it was trained on: a line end before what is learnt and an
+end token after it are where a tokenizer cuts anyway, so that parts and whole are cut alike."""
+
+END = "\ue0ff end \ue0ff"  # what eos_token is while a template is rendered: no text holds it
 
 
-def chat_parts(messages: Any, key: str, template: str | None = None) -> tuple[tuple[str, bool], ...]:
+def chat_parts(messages: Any, key: str, template: str | None = None) -> tuple[tuple[str | None, bool], ...]:
     """The parts (text, learnt) of a chat: messages of {role, content}, as `template` writes them (PLAIN by default).
 
-    The template's bos_token and eos_token are empty here: every document begins with a start token and is closed by one.
+    The template's bos_token is empty here, since every document begins with a start token; its eos_token is a part of None.
     Raises: BadInput naming the row, for messages that are not a list of {role, content}, or that the template refuses.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise BadInput(f"{key}: 'messages' must be a list of {{role, content}}, found {type(messages).__name__} {messages!r:.60}")
+        raise BadInput(f"{key}: 'messages' must be a list of {{role, content}}, found {messages!r:.60}")
     for turn in messages:
         if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
             raise BadInput(f"{key}: every message needs 'role' and 'content', found {turn!r:.120}")
     text, learnt = _render(list(messages), key, template or PLAIN)
-    parts, at = [], 0
+    spans, at = [], 0
     for begin, end in learnt:
-        parts += [(text[at:begin], False), (text[begin:end], True)]
+        spans += [(text[at:begin], False), (text[begin:end], True)]
         at = end
-    parts.append((text[at:], False))
-    return tuple(part for part in parts if part[0])
+    parts: list[tuple[str | None, bool]] = []
+    for span, wanted in [*spans, (text[at:], False)]:
+        for i, piece in enumerate(span.split(END)):
+            parts += [(None, wanted)] * (i > 0) + [(piece, wanted)] * bool(piece)
+    return tuple(parts)
 
 
 def _render(messages: list[dict], key: str, template: str) -> tuple[str, list[tuple[int, int]]]:
@@ -42,7 +48,7 @@ def _render(messages: list[dict], key: str, template: str) -> tuple[str, list[tu
 
     try:
         (text,), (learnt,) = render_jinja_template(
-            [messages], chat_template=template, return_assistant_tokens_mask=True, bos_token="", eos_token="",
+            [messages], chat_template=template, return_assistant_tokens_mask=True, bos_token="", eos_token=END,
         )
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise BadInput(f"{key}: the chat template cannot be applied: {error}") from error
@@ -55,6 +61,7 @@ def check_template(template: str, name: str) -> str:
 
     if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
         raise BadInput(
-            f"the chat template {name} marks nothing to learn; put {{% generation %}} ... {{% endgeneration %}} around what the assistant says"
+            f"the chat template {name} marks nothing to learn; put {{% generation %}} and {{% endgeneration %}} around what "
+            "the assistant says"
         )
     return template

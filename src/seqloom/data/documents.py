@@ -15,7 +15,6 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -38,16 +37,17 @@ SKIP = {"__pycache__", "node_modules"}  # and what is hidden
 
 @dataclass(frozen=True)
 class Document:
-    """name: where it is, for messages. parts: (text, learnt). ends: False where the text goes on in the next document."""
+    """name: where it is, for messages. parts: (text, learnt), tokenised one by one; a text of None is the token that ends a
+    document or a turn. ends: False where the text goes on in the next document."""
 
     name: str
-    parts: tuple[tuple[str, bool], ...]
+    parts: tuple[tuple[str | None, bool], ...]
     ends: bool = True
     chat: bool = False
 
     @property
     def text(self) -> str:
-        return "".join(text for text, _ in self.parts)
+        return "".join(text or "" for text, _ in self.parts)
 
     def digest(self) -> int:
         """64 bits of its content. Equal documents fall on the same side of a split, whatever their names and order."""
@@ -72,12 +72,12 @@ def documents(source: str, *, column: str | None = None, template: str | None = 
         yield from _path(Path(source), column, template)
 
 
-def held_out(digests: np.ndarray, sizes: np.ndarray, share: float) -> np.ndarray:
+def split(digests: np.ndarray, sizes: np.ndarray, share: float) -> np.ndarray:
     """Which documents are held out, as bool [n], from their content digests (uint64) and sizes in bytes.
 
     In the order of their digests, as many as fit into `share` of all bytes: neither names, nor order, nor positions count, and
-    a copy of a document is on its side too. A document above a fifth of the room is never held out, so that the held-out side is
-    many documents, not one; where that leaves none, the smallest is.
+    a copy of a document is on its side too. A document above a fifth of the room is never held out, so that the held-out side
+    is many documents, not one; where that leaves none, the smallest is.
     """
     room = share * sizes.sum()
     fits = sizes <= room / 5
@@ -126,8 +126,8 @@ def files_of(path: Path) -> list[Path]:
         return [path]
     found = []
     for file in path.rglob("*"):
-        inside = file.relative_to(path).parts
-        if file.suffix.lower() in TEXT | TABLES and not any(part in SKIP or part.startswith(".") for part in inside) and file.is_file():
+        passed = any(part in SKIP or part.startswith(".") for part in file.relative_to(path).parts)
+        if not passed and file.suffix.lower() in TEXT | TABLES and file.is_file():
             found.append(file)
     return sorted(found)
 
@@ -159,8 +159,8 @@ def _decoded(path: Path) -> Iterator[str]:
             try:
                 text = decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
-                at = before + error.start
-                raise BadInput(f"{path} is not UTF-8: byte {at} is {error.object[error.start]:#04x} ({error.reason})") from error
+                at, byte = before + error.start, error.object[error.start]
+                raise BadInput(f"{path} is not UTF-8: byte {at} is {byte:#04x} ({error.reason})") from error
             if before == 0:
                 text = text.removeprefix("\ufeff")
             done += len(data)
@@ -182,7 +182,8 @@ def _lines(text: Iterable[str]) -> Iterator[str]:
 
 
 def _pieces(text: Iterable[str], name: str) -> Iterator[Document]:
-    """One text as documents of PIECE to 2 PIECE characters, cut after a blank line, or a line, or anywhere where there is none."""
+    """One text as documents of PIECE to 2 PIECE characters, cut after a blank line, or a line, or anywhere where there is
+    none."""
     rest, start = "", 0
     for more in text:
         rest += more

@@ -37,20 +37,24 @@ def start(tokenizer: Tokenizer) -> int:
 
     Raises: BadInput if there is none.
     """
-    for name in STARTS:
-        found = tokenizer.token_to_id(name)
-        if found is not None:
-            return found
-    raise BadInput(f"the tokenizer has no token that begins a document; one of {', '.join(STARTS)} is needed")
+    name = start_name(tokenizer)
+    if name is None:
+        raise BadInput(f"the tokenizer has no token that begins a document; one of {', '.join(STARTS)} is needed")
+    return tokenizer.token_to_id(name)
+
+
+def start_name(tokenizer: Tokenizer) -> str | None:
+    return next((name for name in STARTS if tokenizer.token_to_id(name) is not None), None)
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
     """tokenizer.json and the file by which `AutoTokenizer.from_pretrained(folder)` finds it."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
+    name = start_name(tokenizer)
+    special = {} if name is None else {"bos_token": name, "eos_token": name, "pad_token": name}
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": START, "eos_token": START, "pad_token": START,
-        "clean_up_tokenization_spaces": False, "padding_side": "left",
+        "tokenizer_class": "PreTrainedTokenizerFast", **special, "clean_up_tokenization_spaces": False, "padding_side": "left",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 

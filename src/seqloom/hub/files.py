@@ -161,7 +161,8 @@ def export(model: SequenceModelLayer | SeqloomPreTrainedModel, tokenizer: Any, p
     """
     folder = Path(path)
     if not isinstance(model, SeqloomPreTrainedModel):
-        start = tokenizer.token_to_id(tokenizers.START) if isinstance(tokenizer, Tokenizer) else None
+        name = tokenizers.start_name(tokenizer) if isinstance(tokenizer, Tokenizer) else None
+        start = None if name is None else tokenizer.token_to_id(name)
         special = {name: getattr(tokenizer, name, start) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model = wrap(model, **special)
     draft = folder / f".export-{os.getpid()}"

@@ -100,17 +100,18 @@ class SeqloomPreTrainedModel(PreTrainedModel):
         self.renew_marks()  # copy.deepcopy drops a parameter's attributes
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. Raises: BadInput if the folder cannot be made or written."""
+        """As in transformers. Raises: BadInput if a file stands where the folder should."""
         if Path(save_directory).is_file():
             raise BadInput(f"cannot save to {save_directory}: it is a file, and a folder is expected")
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def _apply(self, function: Any, recurse: bool = True) -> Any:
         """`to`, `half`, `bfloat16`, ..: parameters marked keep_float32 keep it, and their digits."""
-        kept = {name: self.get_parameter(name).data for name, mark in self._marks.items() if mark["keep_float32"]}
+        kept = {name: p.data for name, p in self.named_parameters() if self._marks.get(name, marks(p))["keep_float32"]}
         super()._apply(function, recurse)
+        now = dict(self.named_parameters())
         for name, value in kept.items():
-            parameter = self.get_parameter(name)
+            parameter = now[name]
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = value.to(device=parameter.device, dtype=torch.promote_types(value.dtype, torch.float32))
         return self
@@ -241,7 +242,7 @@ class SeqloomModel(SeqloomPreTrainedModel):
         if cache is None:
             hidden, _, aux = self.stack(self._embed(tokens), info=piece.info, collect=collect)
         else:
-            hidden = self._continue(cache, piece, collect)
+            hidden, aux = self._continue(cache, piece, collect)
         return SeqloomOutput(
             last_hidden_state=hidden, past_key_values=cache if keep else None,
             hidden_states=None if collect is None else tuple(collect), aux=aux or None,
@@ -264,8 +265,8 @@ class SeqloomModel(SeqloomPreTrainedModel):
             return None, False
         return SeqloomCache() if given is None and keep else given, keep or given is not None
 
-    def _continue(self, cache: SeqloomCache, piece: Piece, collect: list[Tensor] | None) -> Tensor:
-        """The hidden vectors of `piece`, after what the cache holds."""
+    def _continue(self, cache: SeqloomCache, piece: Piece, collect: list[Tensor] | None) -> tuple[Tensor, dict]:
+        """The hidden vectors of `piece`, after what the cache holds, and what layers reported of its last part."""
         outputs, layers = [], []
         for part in cache.pieces(piece):
             x = self._embed(part.tokens)
@@ -273,7 +274,7 @@ class SeqloomModel(SeqloomPreTrainedModel):
                 cache.state = self.stack.init_state(x.shape[0], cache.capacity, x.dtype, x.device)
             cache.before(part)
             into: list[Tensor] | None = None if collect is None else []
-            y, state, _ = self.stack(x, state=cache.state, info=part.info, donate=cache.capacity is not None, collect=into)
+            y, state, aux = self.stack(x, state=cache.state, info=part.info, donate=cache.capacity is not None, collect=into)
             cache.after(part, state)
             outputs.append(y)
             layers.append(into)
@@ -281,7 +282,7 @@ class SeqloomModel(SeqloomPreTrainedModel):
         last = lambda parts: (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[:, -piece.length :]  # noqa: E731
         if collect is not None:
             collect.extend(last(list(level)) for level in zip(*layers, strict=True))
-        return last(outputs)
+        return last(outputs), aux
 
 
 def _added(loss: Tensor, out: SeqloomOutput) -> Tensor:

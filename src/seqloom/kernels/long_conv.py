@@ -224,25 +224,26 @@ def parallel(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor, c: Tensor, 
              segments: Segments | None = None) -> Mixed:
     """By FFT. The kernel and the final state are matrix products of two short tables of powers."""
     tokens, wide = u.shape[1], accumulator(u.dtype)
-    h = None if state is None else _complex(state)
     with _full_precision(u):
         line = u.to(wide)
         y = _within(line, kernel(tokens, log_a=log_a, b=b, c=c), None, segments)
-        read = None if h is None else _readout(h, tokens, log_a=log_a, c=c)
+        h = None if state is None else _complex(state)
         if segments is None:
-            kept = None if h is None else h * _exp(log_a, tokens)
+            last = _summary(line, log_a=log_a, b=b)
+            if h is not None:
+                y, last = y + _readout(h, tokens, log_a=log_a, c=c), last + h * _exp(log_a, tokens)
         else:
             source, place, run, count = _together(segments)
             # the state sums the last run: its tokens are moved to the end, where token T - 1 - l has power l
             at = torch.arange(tokens, device=u.device) + (count - tokens)[:, None]
             mine = (at >= 0) & (run.gather(1, at.clamp(min=0)) == run[:, -1:])
-            line = torch.where(mine[..., None], take(segments.hold(line), source.gather(1, at.clamp(min=0))), 0.0)
+            line = take(segments.hold(line), source.gather(1, at.clamp(min=0)))
+            last = _summary(torch.where(mine[..., None], line, 0.0), log_a=log_a, b=b)
             if h is not None:
-                read = segments.hold(take(torch.where((run == 0)[..., None], read, 0.0), place))
-                kept = torch.where((run[:, -1] == 0)[:, None, None], h * _exp(log_a, count[:, None, None]), 0.0)
-        last = _summary(line, log_a=log_a, b=b)
-        if h is not None:
-            y, last = y + read, last + kept
+                read = torch.where((run == 0)[..., None], _readout(h, tokens, log_a=log_a, c=c), 0.0)
+                y = y + segments.hold(take(read, place))
+                goes_on = (run[:, -1] == 0)[:, None, None]
+                last = last + torch.where(goes_on, h * _exp(log_a, count[:, None, None]), 0.0)
     return Mixed(y.to(u.dtype), torch.view_as_real(last))
 
 
@@ -290,7 +291,7 @@ def chunked(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor, c: Tensor, s
             y = torch.where((packed.run == packed.entering[..., None]).flatten(0, 1), y, 0.0)
             y = y + _masked_toeplitz(x, k, packed.run.flatten(0, 1))
             h = torch.view_as_real(_last_packed(x, before, write, log_a, packed))
-            h = torch.where((packed.count > 0)[:, None, None, None], h, start)
+            h = torch.where((packed.number > 0)[:, None, None, None], h, start)
         y = _tokens(y, batch)[:, :tokens].to(u.dtype)
     if segments is None or packed is None:
         return Mixed(y, torch.view_as_real(h))
@@ -347,9 +348,9 @@ def _last(x: Float[Tensor, "d mb r"], before: Complex[Tensor, "d m b n"], write:
 class _Packed(NamedTuple):
     """Segments of rows whose real tokens were moved together, by chunks."""
 
-    source: Tensor    # [b t], as `_together` gives them, and so are place and count
+    source: Tensor    # [b t], as `_together` gives them, and so is place
     place: Tensor     # [b t]
-    count: Tensor     # [b]
+    number: Tensor    # [b], of real tokens
     run: Tensor       # [m b r]
     last: Tensor      # [m b], the run of each chunk's last token
     entering: Tensor  # [m b], that of the last token before it: the count of boundaries so far
@@ -366,8 +367,8 @@ def _last_packed(x: Float[Tensor, "d mb r"], before: Complex[Tensor, "d m b n"],
                  log_a: Complex[Tensor, "d n"], packed: _Packed) -> Complex[Tensor, "b d n"]:
     """As `_last`, after each row's last real token and of its run only. Anything where the row holds no token."""
     size, batch = x.shape[-1], before.shape[2]
-    chunk = (packed.count - 1).clamp(min=0) // size
-    left = packed.count - chunk * size  # 1 .. size; 0 where the row holds no token
+    chunk = (packed.number - 1).clamp(min=0) // size
+    left = packed.number - chunk * size  # 1 .. size; 0 where the row holds no token
     row = torch.arange(batch, device=left.device)
     last = packed.last[-1]
     # tokens of the chunk moved to its end, so that the last one has power 0

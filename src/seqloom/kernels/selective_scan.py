@@ -1,226 +1,294 @@
-"""Selective scan: a diagonal recurrence per channel whose step, input map and readout depend on the token.
+"""Selective scan: a diagonal state space whose step and maps depend on the token, with a readout over its N states.
 
-    h_t = exp(dt_t A) h_{t-1} + (dt_t x_t) B_t'      y_t = h_t C_t        h [B, E, N], A [E, N] <= 0
+    h_t = exp(dt_t A) h_{t-1} + (dt_t x_t) B_t      y_t = h_t C_t + D x_t
 
-Streams: x, dt [B, T, E], B, C [B, T, N]. Carries Mamba. With `zoh` the input is held over the step exactly:
-h_t = exp(dt_t A) h_{t-1} + (exp(dt_t A) - 1) / A * x_t B_t'.
-Source: [mamba] Method 3, 4 and 9.
+Per channel e and state n: A [E, N] <= 0 and D [E] are parameters; x, dt [B, T, E] and B, C [B, T, N] are streams, B and C
+shared by all channels; h is [B, E, N]. Euler's rule stands for the integral over a step in the write, as Mamba's code has
+it; with discretise="zoh" it is exact for a held input: (exp(dt A) - 1) / A in place of dt ([mamba] Method 7).
 
-The chunked form views T tokens as n chunks of C positions and walks the C positions of all chunks side by side, so that the
-work on a step is a large tensor and the number of steps does not grow with T. It never holds [B, T, E, N] for the whole T: states are
-made again in the backward pass, for a block of channels and a span of tokens at a time.
+What passes a boundary is multiplied by a = 0; at a hold dt = 0, so that a = 1 and the write is 0.
+Sources: [mamba] Method 3, 4 and 9; [s4-survey] Method 9 and 12.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from seqloom.core.mixer import accumulator
-from seqloom.core.scan import carry
+from seqloom.core.scan import scan
 from seqloom.core.segments import Segments
 from seqloom.core.state import Mixed
+from seqloom.kernels.diagonal_scan import advance, doubled
 
-SPAN = 8192          # tokens of a row handled at a time
-BLOCK = 1 << 18      # elements of a step's working set: 1 MB in float32, a core's second-level cache
-STORE = 1 << 22      # elements of states kept while a block's backward pass runs: 16 MB
+Discretisation = Literal["euler", "zoh"]
+
+# States held at once, [tokens, N, E]: as many as caches hold on a CPU, and as launches are worth on another device.
+CPU_BLOCK, OTHER_BLOCK, LEAST_TOKENS = 2**20, 2**26, 32
+LOG2_E = math.log2(math.e)  # exp2 is four times as fast as exp on x86 CPUs
+SMALL = 0.1                 # below it the derivative of phi is summed as a series, and cancels above
 
 
 def step(state: Float[Tensor, "b e n"], x: Float[Tensor, "b e"], dt: Float[Tensor, "b e"], B: Float[Tensor, "b n"],
-         C: Float[Tensor, "b n"], *, A: Float[Tensor, "e n"], zoh: bool = False) -> tuple[Tensor, Tensor]:
+         C: Float[Tensor, "b n"], *, A: Float[Tensor, "e n"], D: Float[Tensor, " e"] | None = None,
+         discretise: Discretisation = "euler") -> tuple[Tensor, Tensor]:
     """One token, as the paper writes it. This is the definition; every other form must agree with it."""
-    wide = state.dtype
-    decay = dt.to(wide)[..., None] * A.to(wide)
-    held = torch.expm1(decay) / A.to(wide) if zoh else dt.to(wide)[..., None]
-    state = decay.exp() * state + held * x.to(wide)[..., None] * B.to(wide)[:, None, :]
-    return state, (state * C.to(wide)[:, None, :]).sum(-1).to(x.dtype)
+    wide, dtype = state.dtype, x.dtype
+    x, dt, B, C, A = (value.to(wide) for value in (x, dt, B, C, A))
+    move = dt[..., None] * A
+    held = dt[..., None] if discretise == "euler" else torch.expm1(move) / A
+    state = move.exp() * state + held * x[..., None] * B[..., None, :]
+    y = (state * C[..., None, :]).sum(-1)
+    return state, (y if D is None else y + D.to(wide) * x).to(dtype)
+
+
+def recurrent(x: Float[Tensor, "b t e"], dt: Float[Tensor, "b t e"], B: Float[Tensor, "b t n"], C: Float[Tensor, "b t n"], *,
+              A: Float[Tensor, "e n"], D: Float[Tensor, " e"] | None = None, state: Float[Tensor, "b e n"] | None = None,
+              segments: Segments | None = None, discretise: Discretisation = "euler") -> Mixed:
+    """Token by token."""
+    return scan(partial(step, A=A, D=D, discretise=discretise), x, dt, B, C, state=_start(x, A, state), segments=segments)
+
+
+def matrix(dt: Float[Tensor, "b t e"], B: Float[Tensor, "b t n"], C: Float[Tensor, "b t n"], *, A: Float[Tensor, "e n"],
+           D: Float[Tensor, " e"] | None = None, segments: Segments | None = None,
+           discretise: Discretisation = "euler") -> Float[Tensor, "b e t t"]:
+    """The T x T weights of every channel: from a fresh state, y = M @ x with
+
+    M_ts = C_t' exp(A (dt_{s+1} + .. + dt_t)) B_s dt_s for s <= t, and D on the diagonal.
+
+    For small T: an oracle and a picture of what a token reads, quadratic in T. Source: [mamba] Method 9 (attention view).
+    """
+    wide = accumulator(dt.dtype)
+    dt, B, C, A = (value.to(wide) for value in (dt, B, C, A))
+    tokens = dt.shape[1]
+    lower = torch.ones(tokens, tokens, dtype=torch.bool, device=dt.device).tril()
+    keep = lower[None]
+    if segments is not None:
+        dt, B, C = segments.hold(dt), segments.hold(B), segments.hold(C)
+        keep = keep & (segments.run[:, :, None] == segments.run[:, None, :])
+    between = torch.where(lower.tril(-1)[..., None], dt[:, :, None], 0.0).cumsum(1)  # [b t s e]
+    weight = torch.zeros_like(between)
+    for n in range(A.shape[1]):
+        held = dt if discretise == "euler" else torch.expm1(dt * A[:, n]) / A[:, n]
+        weight = weight + (between * A[:, n]).exp() * (C[:, :, None, None, n] * B[:, None, :, None, n] * held[:, None])
+    weight = torch.where(keep[..., None], weight, 0.0).movedim(-1, 1)
+    return weight if D is None else weight + torch.diag_embed(D.to(wide)[:, None].expand(-1, tokens))
 
 
 def parallel(x: Float[Tensor, "b t e"], dt: Float[Tensor, "b t e"], B: Float[Tensor, "b t n"], C: Float[Tensor, "b t n"], *,
-             A: Float[Tensor, "e n"], state: Float[Tensor, "b e n"], segments: Segments | None = None, zoh: bool = False) -> Mixed:
-    """The attention view, y_t = sum_s C_t' exp(A sum_{r=s+1..t} dt_r) B_s dt_s x_s: quadratic in T, an oracle for small T."""
-    dtype, wide = x.dtype, state.dtype
+             A: Float[Tensor, "e n"], D: Float[Tensor, " e"] | None = None, state: Float[Tensor, "b e n"] | None = None,
+             segments: Segments | None = None, discretise: Discretisation = "euler") -> Mixed:
+    """By doubling over the pairs (a, b): log-depth. Holds [B, T, E, N] of every level: an oracle, and for short sequences."""
+    dtype, start = x.dtype, _start(x, A, state)
+    wide = start.dtype
     if segments is not None:
-        x, dt, B, C = (segments.hold(stream) for stream in (x, dt, B, C))
-    x, dt, B, C, A = (stream.to(wide) for stream in (x, dt, B, C, A))
-    tokens = x.shape[1]
-    run = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device) if segments is None else segments.run
-    keep = (run[:, :, None] == run[:, None, :]) & torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).tril()
-    # sums of steps s+1..t, each over its own pairs: a difference of running sums would keep an earlier segment's rounding
-    later = torch.where(keep.tril(-1)[..., None], dt.unsqueeze(2), 0.0)  # [b r s e]: dt_r where s < r
-    span = torch.einsum("btr,brse->btse", keep.to(wide), later)
-    weight = torch.where(keep[..., None, None], span[..., None] * A, -torch.inf).exp()  # [b t s e n]
-    held = torch.expm1(dt[..., None] * A) / A if zoh else dt[..., None]
-    write = held * x[..., None] * B[:, :, None, :]  # [b s e n]
-    hidden = torch.einsum("btsen,bsen->bten", weight, write)
-    since = torch.einsum("btr,bre->bte", (keep & (run == 0)[:, None, :]).to(wide), dt)[..., None] * A
-    hidden = hidden + torch.where((run == 0)[..., None, None], since.exp() * state[:, None], 0.0)
-    y = torch.einsum("bten,btn->bte", hidden, C).to(dtype)
-    return Mixed(y if segments is None else segments.hold(y), hidden[:, -1])
+        x, dt, B, C = (segments.hold(value) for value in (x, dt, B, C))
+    x, dt, B, C, A = (value.to(wide) for value in (x, dt, B, C, A))
+    move = dt[..., None] * A
+    held = dt[..., None] if discretise == "euler" else torch.expm1(move) / A
+    a, b = move.exp(), held * (x[..., None] * B[..., None, :])
+    if segments is not None:
+        a = torch.where(segments.starts()[..., None, None], 0.0, a)
+    product, total = doubled(a, b)
+    h = torch.addcmul(total, product, start[:, None])
+    y = (h * C[..., None, :]).sum(-1)
+    y = (y if D is None else y + D.to(wide) * x).to(dtype)
+    return Mixed(y if segments is None else segments.hold(y), h[:, -1].clone())
 
 
 def chunked(x: Float[Tensor, "b t e"], dt: Float[Tensor, "b t e"], B: Float[Tensor, "b t n"], C: Float[Tensor, "b t n"], *,
-            A: Float[Tensor, "e n"], state: Float[Tensor, "b e n"], segments: Segments | None = None) -> Mixed:
-    """Linear in T in time and memory; gradients (first order) by hand, with states made again."""
-    batch, tokens, _ = x.shape
-    dtype, wide = x.dtype, accumulator(x.dtype)
-    starts = None
-    if segments is not None:
-        x, dt, B, C = (segments.hold(stream) for stream in (x, dt, B, C))  # a hold: no step, no write
-        starts = segments.starts()
-    chunk = min(1 << max(round(math.log2(max(min(tokens, SPAN), 1)) / 2), 2), 64)
-    extra = -tokens % chunk
-    x, dt, B, C = (F.pad(stream.to(wide), (0, 0, 0, extra)) for stream in (x, dt, B, C))
-    if starts is not None:
-        starts = F.pad(starts, (0, extra))
-    ys, state = [], state.to(wide)
-    for start in range(0, tokens, SPAN):
-        part = slice(start, start + SPAN)
-        y, state, _ = _selective_scan(x[:, part], dt[:, part], B[:, part], C[:, part], A.to(wide), state,
-                                      None if starts is None else starts[:, part], chunk)
-        ys.append(y)
-    y = (ys[0] if len(ys) == 1 else torch.cat(ys, 1))[:, :tokens].to(dtype)
-    return Mixed(y if segments is None else segments.hold(y), state)
+            A: Float[Tensor, "e n"], D: Float[Tensor, " e"] | None = None, state: Float[Tensor, "b e n"] | None = None,
+            segments: Segments | None = None, discretise: Discretisation = "euler", block: int | None = None) -> Mixed:
+    """By blocks of tokens whose states are held at once, and chunks of chunks in a block (`diagonal_scan.advance`).
 
-
-@torch.library.custom_op("seqloom::selective_scan", mutates_args=())
-def _selective_scan(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor, starts: Tensor | None,
-                    chunk: int) -> tuple[Tensor, Tensor, Tensor]:
-    """y [B, T, E], the last state, and the states entering each chunk [B, n, E, N]; T is a multiple of chunk."""
-    walk = _Walk(x, dt, B, C, A, starts, chunk)
-    write = torch.empty(*walk.rows, *A.shape, dtype=x.dtype, device=x.device)
-    for channels in walk.blocks(BLOCK):
-        h = write[:, channels].zero_().contiguous()
-        scratch = torch.empty_like(h)
-        for c in range(chunk):
-            walk.advance(h, c, channels, scratch)
-        write[:, channels] = h
-    total = walk.total()
-    split = lambda rows: rows.unflatten(0, (x.shape[0], -1))  # noqa: E731
-    before, last = carry(split(total), split(write), state)
-    y = torch.empty_like(walk.x)
-    flat = before.flatten(0, 1)
-    for channels in walk.blocks(BLOCK):
-        h = flat[:, channels].clone()
-        scratch = torch.empty_like(h)  # a new tensor each step would be new pages each step
-        for c in range(chunk):
-            walk.advance(h, c, channels, scratch)
-            y[:, c, channels] = torch.bmm(h, walk.C[:, c, :, None])[..., 0]
-    return y.reshape(x.shape), last.clone(), before.contiguous()
-
-
-@_selective_scan.register_fake
-def _(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, state: Tensor, starts: Tensor | None, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), state.new_empty(state.shape), x.new_empty(x.shape[0], x.shape[1] // chunk, *A.shape)
-
-
-@torch.library.custom_op("seqloom::selective_scan_backward", mutates_args=())
-def _backward(dy: Tensor, dlast: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, before: Tensor,
-              starts: Tensor | None, chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dt, B, C, A and the incoming state.
-
-    With g_t the gradient of h_t: g_t = C_t dy_t + a_{t+1} g_{t+1}; the decayed part of h_t is r_t = h_t - dt_t x_t B_t', so
-    d(dt_t A) = g_t r_t without a division by the decay.
+    Linear in T in time and memory: states [B, T, E, N] exist a block at a time, and the backward pass makes them anew
+    from the state that entered each block. First-order gradients by hand. `block` is the number of tokens in a block.
     """
-    walk = _Walk(x, dt, B, C, A, starts, chunk)
-    dy = dy.reshape(walk.x.shape)
-    split = lambda rows: rows.unflatten(0, (x.shape[0], -1))  # noqa: E731
-    # the gradient of each chunk's entering state from its own outputs, then from all later ones
-    own = torch.empty(*walk.rows, *A.shape, dtype=x.dtype, device=x.device)
-    for channels in walk.blocks(BLOCK):
-        g = own[:, channels].zero_().contiguous()
-        scratch = torch.empty_like(g)
-        for c in reversed(range(chunk)):
-            g.addcmul_(dy[:, c, channels, None], walk.C[:, c, None, :])
-            g.mul_(walk.decay(c, channels, scratch))
-        own[:, channels] = g
-    after, dstate = carry(split(walk.total()).flip(1), split(own).flip(1), dlast)
-    after = after.flip(1).flatten(0, 1)
-    du, ddt = torch.empty_like(walk.x), torch.empty_like(walk.x)
-    dB, dC = torch.zeros_like(walk.B), torch.zeros_like(walk.C)
-    dA = torch.zeros_like(A)
-    flat = before.flatten(0, 1)
-    for channels in walk.blocks(STORE // chunk):
-        h = flat[:, channels].clone()
-        hs = torch.empty(chunk, *h.shape, dtype=h.dtype, device=h.device)
-        decays = torch.empty_like(hs)
-        for c in range(chunk):
-            walk.advance(h, c, channels, decays[c])
-            hs[c] = h
-        g = after[:, channels].clone()
-        a = A[channels]
-        for c in reversed(range(chunk)):
-            slope, u = dy[:, c, channels], walk.u[:, c, channels]
-            g.addcmul_(slope[..., None], walk.C[:, c, None, :])
-            dC[:, c] += torch.bmm(slope[:, None, :], hs[c])[:, 0]
-            dB[:, c] += torch.bmm(u[:, None, :], g)[:, 0]
-            du[:, c, channels] = torch.bmm(g, walk.B[:, c, :, None])[..., 0]
-            decayed = hs[c].addcmul_(u[..., None], walk.B[:, c, None, :], value=-1).mul_(g)
-            ddt[:, c, channels] = torch.einsum("ren,en->re", decayed, a)
-            dA[channels] += torch.einsum("ren,re->en", decayed, walk.dt[:, c, channels])
-            g.mul_(decays[c])
-    ddt.addcmul_(du, walk.x)
-    dx = du.mul_(walk.dt)
-    return dx.reshape(x.shape), ddt.reshape(x.shape), dB.reshape(B.shape), dC.reshape(C.shape), dA, dstate.clone()
+    start = _start(x, A, state)
+    keep = None
+    if segments is not None:
+        x, dt, B, C = (segments.hold(value) for value in (x, dt, B, C))
+        keep = (~segments.starts()).to(start.dtype)
+    if block is None:
+        most = CPU_BLOCK if x.device.type == "cpu" else OTHER_BLOCK
+        block = max(most // A.numel(), LEAST_TOKENS)
+    y, new, _ = _forward(x, dt, B, C, A.to(start.dtype), D, start, keep, discretise == "zoh", block)
+    return Mixed(y if segments is None else segments.hold(y), new)
+
+
+def _start(x: Tensor, A: Tensor, state: Tensor | None) -> Tensor:
+    wide = accumulator(x.dtype)
+    return torch.zeros(x.shape[0], *A.shape, dtype=wide, device=x.device) if state is None else state.to(wide)
+
+
+# The chunked form: one operator for the compiler, since the number of blocks depends on T ----------------------------
+
+def _blocks(batch: int, tokens: int, block: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Rows that are computed together, and the blocks of their tokens: many short rows, or `block` tokens of one."""
+    rows = max(1, block // tokens)
+    spans = [slice(t, min(t + block, tokens)) for t in range(0, tokens, block)]
+    return ((slice(row, min(row + rows, batch)), spans) for row in range(0, batch, rows))
+
+
+def _memory(count: int, like: Tensor, A: Tensor, block: int) -> Callable[[int, tuple[int, ...]], Tensor]:
+    """`count` buffers that all blocks share, viewed in each block's shape: fresh pages cost more than the arithmetic."""
+    batch, tokens = like.shape[:2]
+    slots = min(batch, max(1, block // tokens)) * (min(block, tokens) + 1)
+    buffers = A.new_empty(count, slots * A.numel())
+    return lambda i, shape: buffers[i, : math.prod(shape)].view(shape)
+
+
+def _decays(dt: Tensor, A: Tensor, keep: Tensor | None, out: Tensor) -> Tensor:
+    """exp(dt A), [r, t, N, E] from dt [r, t, E] and A [N, E], 0 at boundaries."""
+    torch.mul(dt[:, :, None], A * LOG2_E, out=out)
+    out.exp2_()
+    return out if keep is None else out.mul_(keep[:, :, None, None])
+
+
+def _over(dt: Tensor, A: Tensor, keep: Tensor | None) -> Callable[[Callable[[Tensor], Tensor]], Tensor]:
+    """The product of the decays over a chunk, for `advance`, by the sum of its steps."""
+
+    def whole(split: Callable[[Tensor], Tensor]) -> Tensor:
+        product = (split(dt).sum(2)[:, :, None] * (A * LOG2_E)).exp2_()
+        return product if keep is None else product.mul_(split(keep).amin(2)[:, :, None, None])
+
+    return whole
+
+
+def _phi(dt: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """phi(z) = (e^z - 1) / z at z = dt A, by which the exact write exceeds Euler's, and its derivative (e^z - phi) / z."""
+    z = dt[:, :, None] * A
+    phi = torch.where(z == 0, 1.0, torch.expm1(z) / z)
+    slope = torch.zeros_like(z)
+    for k in reversed(range(9)):
+        slope = slope.mul_(z).add_((k + 1) / math.factorial(k + 2))
+    return phi, torch.where(z.abs() < SMALL, slope, phi + (1 - phi) / z)
+
+
+@torch.library.custom_op("seqloom::selective_scan", mutates_args=(), schema=(
+    "(Tensor x, Tensor dt, Tensor B, Tensor C, Tensor A, Tensor? D, Tensor start, Tensor? keep, bool zoh, SymInt block)"
+    " -> (Tensor, Tensor, Tensor)"))
+def _forward(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor | None, start: Tensor, keep: Tensor | None,
+             zoh: bool, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """y [B, T, E], the last state [B, E, N], and the states [K, B, N, E] that enter the K blocks.
+
+    Inside, states are [r, t, N, E] with the channels innermost, r rows of t tokens: long inner loops, and a readout that
+    is a product with one row.
+    """
+    wide, A = A.dtype, A.mT.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    new = torch.empty(start.shape, dtype=wide, device=x.device)
+    entering = start.new_empty(-(-x.shape[1] // block), x.shape[0], *A.shape)
+    borrow = _memory(2, x, A, block)
+    with torch.autocast(x.device.type, enabled=False):
+        for rows, spans in _blocks(*x.shape[:2], block):
+            last = start[rows].mT.contiguous()
+            for k, span in enumerate(spans):
+                entering[k, rows] = last
+                x_in, step, B_in, C_in = (value[rows, span].to(wide) for value in (x, dt, B, C))
+                keep_in = None if keep is None else keep[rows, span]
+                shape = (*x_in.shape[:2], *A.shape)
+                decay, h = _decays(step, A, keep_in, borrow(0, shape)), borrow(1, shape)
+                torch.mul((step * x_in)[:, :, None], B_in[..., None], out=h)
+                if zoh:
+                    h.mul_(_phi(step, A)[0])
+                advance(decay, h, last, whole=_over(step, A, keep_in))
+                y_in = (C_in[:, :, None] @ h)[:, :, 0]
+                y[rows, span] = y_in if D is None else y_in.addcmul_(x_in, D.to(wide))
+                last = h[:, -1].clone()
+            new[rows] = last.mT
+    return y, new, entering
+
+
+@torch.library.custom_op("seqloom::selective_scan_backward", mutates_args=(), schema=(
+    "(Tensor dy, Tensor? dnew, Tensor x, Tensor dt, Tensor B, Tensor C, Tensor A, Tensor? D, Tensor entering, Tensor? keep,"
+    " bool zoh, SymInt block) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
+def _backward(dy: Tensor, dnew: Tensor | None, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor | None,
+              entering: Tensor, keep: Tensor | None, zoh: bool, block: int) -> tuple[Tensor, ...]:
+    """Gradients of x, dt, B, C, A, D [E] (0 without one) and of the state at the start.
+
+    With g the gradient of h and z = dt A: g_t = C_t dy_t + a_{t+1} g_{t+1}; dz_t = g_t a_t h_{t-1}, and what is written
+    has the gradient g_t.
+    """
+    wide, A = A.dtype, A.mT.contiguous()
+    dx, ddt, dB, dC = (torch.empty(value.shape, dtype=value.dtype, device=x.device) for value in (x, dt, B, C))
+    dA, dD, dstart = torch.zeros_like(A), A.new_zeros(A.shape[1]), A.new_empty(x.shape[0], *A.mT.shape)
+    borrow = _memory(3, x, A, block)
+    with torch.autocast(x.device.type, enabled=False):
+        for rows, spans in _blocks(*x.shape[:2], block):
+            late = torch.zeros_like(entering[0, rows]) if dnew is None else dnew[rows].mT.contiguous()
+            for k, span in reversed(list(enumerate(spans))):
+                x_in, step, B_in, C_in, dy_in = (value[rows, span].to(wide) for value in (x, dt, B, C, dy))
+                keep_in = None if keep is None else keep[rows, span]
+                written, (r, t) = step * x_in, x_in.shape[:2]
+                decay, g = _decays(step, A, keep_in, borrow(0, (r, t, *A.shape))), borrow(1, (r, t, *A.shape))
+                states = borrow(2, (r, t + 1, *A.shape))
+                states[:, 0] = entering[k, rows]
+                before, h = states[:, :-1], states[:, 1:]
+                torch.mul(written[:, :, None], B_in[..., None], out=h)
+                if zoh:
+                    phi, slope = _phi(step, A)
+                    slope.mul_(h)
+                    h.mul_(phi)
+                advance(decay, h, states[:, 0], whole=_over(step, A, keep_in))
+                torch.mul(C_in[..., None], dy_in[:, :, None], out=g)
+                g[:, -1] += late
+                if t > 1:
+                    over = _over(step[:, 1:], A, None if keep is None else keep_in[:, 1:])
+                    advance(decay[:, 1:], g[:, :-1], g[:, -1], reverse=True, whole=over)
+                dC[rows, span] = (dy_in[:, :, None] @ h.mT)[:, :, 0]
+                own = g * phi if zoh else g
+                dB[rows, span] = (written[:, :, None] @ own.mT)[:, :, 0]
+                dwritten = (B_in[:, :, None] @ own)[:, :, 0]
+                dz_own = slope.mul_(g) if zoh else None
+                dz = g.mul_(decay)
+                late = dz[:, 0].clone()
+                dz.mul_(before)
+                if zoh:
+                    dz.add_(dz_own)
+                torch.mul(dz, A, out=decay)
+                ddt[rows, span] = decay.sum(2).addcmul_(dwritten, x_in)
+                dA += dz.mul_(step[:, :, None]).sum((0, 1))
+                dx_in = dwritten.mul_(step)
+                if D is not None:
+                    dx_in.addcmul_(dy_in, D.to(wide))
+                    dD += (dy_in * x_in).sum((0, 1))
+                dx[rows, span] = dx_in
+            dstart[rows] = late.mT
+    return dx, ddt, dB, dC, dA.mT.contiguous(), dD, dstart
+
+
+@_forward.register_fake
+def _(x, dt, B, C, A, D, start, keep, zoh, block):
+    blocks = (x.shape[1] + block - 1) // block
+    return x.new_empty(x.shape), start.new_empty(start.shape), start.new_empty(blocks, x.shape[0], *A.mT.shape)
 
 
 @_backward.register_fake
-def _(dy: Tensor, dlast: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, before: Tensor, starts: Tensor | None,
-      chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(like.new_empty(like.shape) for like in (x, dt, B, C, A, dlast))
+def _(dy, dnew, x, dt, B, C, A, D, entering, keep, zoh, block):
+    like = (x, dt, B, C, A)
+    return (*(v.new_empty(v.shape) for v in like), A.new_empty(A.shape[0]), A.new_empty(x.shape[0], *A.shape))
 
 
-def _keep(ctx, inputs, output) -> None:  # noqa: ANN001
-    x, dt, B, C, A, _, starts, chunk = inputs
-    ctx.save_for_backward(x, dt, B, C, A, output[2], starts)
-    ctx.chunk = chunk
-    ctx.set_materialize_grads(True)
+def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, dt, B, C, A, D, _, keep, ctx.zoh, ctx.block = inputs
+    ctx.save_for_backward(x, dt, B, C, A, D, output[2], keep)
+    ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, dy: Tensor, dlast: Tensor, _dbefore: Tensor) -> tuple:  # noqa: ANN001
-    x, dt, B, C, A, before, starts = ctx.saved_tensors
-    return (*_backward(dy.contiguous(), dlast.contiguous(), x, dt, B, C, A, before, starts, ctx.chunk), None, None)
+def _differentiate(ctx: Any, dy: Tensor | None, dnew: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    x, *others, D, entering, keep = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy
+    *grads, dA, dD, dstart = _backward(dy, dnew, x, *others, D, entering, keep, ctx.zoh, ctx.block)
+    return *grads, dA, None if D is None else dD.to(D.dtype), dstart, None, None, None
 
 
-_selective_scan.register_autograd(_gradients, setup_context=_keep)
+_forward.register_autograd(_differentiate, setup_context=_keep)
 
-
-class _Walk:
-    """Streams as rows of chunks [R, C, ...] with R = B n, and one step of all chunks at a position."""
-
-    def __init__(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, starts: Tensor | None, chunk: int):
-        rows = lambda stream: stream.reshape(-1, chunk, *stream.shape[2:])  # noqa: E731
-        self.x, self.dt, self.B, self.C, self.A = rows(x), rows(dt), rows(B).contiguous(), rows(C).contiguous(), A.contiguous()
-        self.u = self.x * self.dt
-        self.rows = self.x.shape[:1]
-        self.resets: list[Tensor | None] = [None] * chunk
-        self.alive = None
-        if starts is not None and bool(starts.any()):
-            starts = rows(starts)
-            self.alive = ~starts.any(1)
-            self.resets = [place if len(place := starts[:, c].nonzero()[:, 0]) else None for c in range(chunk)]
-
-    def blocks(self, elements: int) -> list[slice]:
-        """Blocks of channels such that a step's tensor has about `elements` elements."""
-        size = max(elements // (self.rows[0] * self.A.shape[1]), 1)
-        return [slice(i, i + size) for i in range(0, self.A.shape[0], size)]
-
-    def decay(self, c: int, channels: slice, out: Tensor) -> Tensor:
-        """exp(dt_c A), 0 where a run begins: [R, E', N]."""
-        decay = torch.mul(self.dt[:, c, channels, None], self.A[channels], out=out).exp_()
-        if self.resets[c] is not None:
-            decay[self.resets[c]] = 0.0  # a selection: what was before is dropped, whatever its size
-        return decay
-
-    def advance(self, h: Tensor, c: int, channels: slice, decay: Tensor) -> None:
-        """h <- exp(dt_c A) h + u_c B_c' in place; the decay is left in `decay`."""
-        h.mul_(self.decay(c, channels, decay)).addcmul_(self.u[:, c, channels, None], self.B[:, c, None, :])
-
-    def total(self) -> Tensor:
-        """The decay over each chunk, exp(A sum dt): [R, E, N]; 0 where a run begins inside."""
-        total = torch.mul(self.dt.sum(1)[..., None], self.A).exp_()
-        return total if self.alive is None else torch.where(self.alive[:, None, None], total, 0.0)
+__all__ = ["Discretisation", "chunked", "matrix", "parallel", "recurrent", "step"]

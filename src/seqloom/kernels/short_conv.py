@@ -1,46 +1,53 @@
-"""Short depthwise convolution with a carried tail: y_t = sum_j w_j x_{t-W+1+j} + bias over the tokens of one segment."""
+"""Short depthwise convolution with a carried tail: y_t = sum_j w_j x_{t-W+1+j} + bias over the tokens of one segment.
+
+Optionally with SiLU behind it. Computed as W shifted products in the [B, T, D] layout that everything around it has: a
+convolution by the library wants [B, D, T] and transposes there and back.
+"""
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from seqloom.core.mixer import accumulator
 from seqloom.core.segments import Segments
 from seqloom.core.state import Mixed
 
+Activation = Literal["silu"]
+
 
 def step(tail: Float[Tensor, "b w d"], x: Float[Tensor, "b d"], *, weight: Float[Tensor, "d k"],
-         bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+         bias: Tensor | None = None, activation: Activation | None = None) -> tuple[Tensor, Tensor]:
     """One token: the tail holds the last K-1 inputs of the segment, oldest first."""
     window = torch.cat([tail, x[:, None].to(tail.dtype)], 1)
     y = (window * weight.T.to(window.dtype)).sum(1)
-    return window[:, 1:], (y if bias is None else y + bias).to(x.dtype)
+    y = y if bias is None else y + bias
+    return window[:, 1:], (F.silu(y) if activation == "silu" else y).to(x.dtype)
 
 
 def parallel(x: Float[Tensor, "b t d"], *, weight: Float[Tensor, "d k"], bias: Tensor | None = None,
-             state: Float[Tensor, "b w d"] | None = None, segments: Segments | None = None) -> Mixed:
-    """All tokens at once. With segments, real tokens are first moved together, so that the taps of a token are its
-    last K-1 real predecessors wherever pads stand; a tap that lies in another run is dropped."""
+             state: Float[Tensor, "b w d"] | None = None, segments: Segments | None = None,
+             activation: Activation | None = None) -> Mixed:
+    """All tokens at once, first-order gradients by hand. With segments, real tokens are first moved together, so that the
+    taps of a token are its last K-1 real predecessors wherever pads stand; a tap that lies in another run is dropped."""
     batch, tokens, dim = x.shape
     width = weight.shape[1]
     if state is None:
         state = x.new_zeros(batch, width - 1, dim)
     if segments is None:
         line = torch.cat([state.to(x.dtype), x], 1)
-        y = F.conv1d(line.transpose(1, 2), weight[:, None].to(x.dtype), bias if bias is None else bias.to(x.dtype), groups=dim)
-        return Mixed(y.transpose(1, 2), line[:, tokens:].to(state.dtype))
+        y = _Taps.apply(line, weight, bias, None, activation == "silu")
+        return Mixed(y, line[:, tokens:].to(state.dtype))
     source, place = segments.order()
-    line = torch.cat([state.to(x.dtype), _rows(segments.hold(x), source)], 1)
+    line = torch.cat([state.to(x.dtype), _Permute.apply(segments.hold(x), source, place)], 1)
     run = F.pad(segments.run.gather(1, source), (width - 1, 0))
-    here = run[:, width - 1 :]
-    y = 0.0 if bias is None else bias.to(x.dtype)
-    for j in range(width):
-        tap = line[:, j : j + tokens]
-        same = (run[:, j : j + tokens] == here)[..., None]
-        y = y + torch.where(same, tap, 0.0) * weight[:, j].to(x.dtype)
-    y = segments.hold(_rows(y, place))
+    same = run.unfold(1, width, 1)[..., :-1] == run[:, width - 1 :, None]
+    y = segments.hold(_Permute.apply(_Taps.apply(line, weight, bias, same, activation == "silu"), place, source))
     # the tail: the last K-1 entries of the line before its holds, without those of earlier runs
     end = segments.real.sum(1)[:, None] + torch.arange(width - 1, device=x.device)
     inside = run.gather(1, end) == segments.run[:, -1:]
@@ -48,7 +55,62 @@ def parallel(x: Float[Tensor, "b t d"], *, weight: Float[Tensor, "d k"], bias: T
     return Mixed(y, tail.to(state.dtype))
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
+class _Taps(torch.autograd.Function):
+    """Outputs [B, T, D] from the line of inputs [B, K-1+T, D]; `same` [B, T, K-1] says which taps are of the token's run."""
+
+    @staticmethod
+    def forward(ctx: Any, line: Tensor, weight: Tensor, bias: Tensor | None, same: Tensor | None, silu: bool) -> Tensor:
+        width, wide = weight.shape[1], accumulator(line.dtype)
+        taps = weight.T.to(wide).contiguous()
+        sums = line[:, width - 1 :] * taps[-1]
+        if bias is not None:
+            sums += bias.to(wide)
+        for j in range(width - 1):
+            sums.addcmul_(_tap(line, same, j, sums.shape[1]), taps[j])
+        ctx.save_for_backward(line, weight, bias, same, sums if silu else None)
+        return (F.silu(sums) if silu else sums).to(line.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        line, weight, bias, same, sums = ctx.saved_tensors
+        width, wide, tokens = weight.shape[1], accumulator(line.dtype), dy.shape[1]
+        taps = weight.T.to(wide).contiguous()
+        dsums = dy.to(wide) if sums is None else torch.ops.aten.silu_backward(dy.to(wide), sums)
+        dline = torch.zeros(line.shape, dtype=wide, device=line.device)
+        dline[:, width - 1 :] = dsums * taps[-1]
+        dtaps = [(dsums * line[:, width - 1 :]).sum((0, 1))]
+        product = torch.empty_like(dsums)
+        for j in reversed(range(width - 1)):
+            torch.mul(dsums, _tap(line, same, j, tokens), out=product)
+            dtaps.append(product.sum((0, 1)))
+            back = dsums if same is None else torch.where(same[..., j, None], dsums, 0.0)
+            dline[:, j : j + tokens].addcmul_(back, taps[j])
+        dweight = torch.stack(dtaps[::-1], 1).to(weight.dtype)
+        return dline.to(line.dtype), dweight, None if bias is None else dsums.sum((0, 1)).to(bias.dtype), None, None
+
+
+def _tap(line: Tensor, same: Bool[Tensor, "b t w"] | None, j: int, tokens: int) -> Tensor:
+    """What tap j of every token reads, [B, T, D]; a selection, so that nothing of another run comes in."""
+    tap = line[:, j : j + tokens]
+    return tap if same is None else torch.where(same[..., j, None], tap, 0.0)
+
+
+class _Permute(torch.autograd.Function):
+    """x[b, order[b, t]] for x [B, T, D]; the gradient is gathered by the inverse, where an indexing would add it up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return _rows(x, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _rows(gradient, *ctx.saved_tensors), None, None
+
+
+def _rows(x: Float[Tensor, "b t d"], index: Int[Tensor, "b r"]) -> Tensor:
     """x[b, index[b, i]] for x [B, T, D], as one row gather."""
     flat = index + torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
     return x.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, index.shape)

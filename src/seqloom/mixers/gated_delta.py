@@ -4,7 +4,7 @@
     y_t = W_o (RMSNorm(S_t' q_t) * SiLU(W_g x_t))
 
 The decay clears the whole state at once, the delta rule one key at a time. Everything else is DeltaNet's.
-Source: [deltanet] (Forms, gated variants), [deltaproduct] Method 3.  State: as DeltaNet's, constant in T.
+Source: [deltaproduct] Method 2 and 3 at one step a token, [deltanet] for the rest.  State: as DeltaNet's, constant in T.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class GatedDeltaNet(DeltaNet):
 
     key: ClassVar[str] = "gated_delta"
     equation: ClassVar[str] = "S_t = a_t (I - b_t k_t k_t') S_{t-1} + b_t k_t v_t';  y_t = S_t' q_t"
-    source: ClassVar[str] = "deltanet"
+    source: ClassVar[str] = "deltaproduct"
     examples: ClassVar[dict] = {
         "": dict(heads=2),
         "neg_eigval": dict(heads=2, key_dim=8, value_dim=12, neg_eigval=True, gate="none", conv=0),

@@ -1,63 +1,70 @@
-"""Mamba: a diagonal state space whose step, input map and readout depend on the token, in one gated block.
+"""Mamba: a diagonal state space whose step, input map and output map are read from the token.
 
-    [x, z] = W_in u      x = SiLU(conv_4(x))      [delta, B_t, C_t] = W_x x      dt_t = softplus(W_dt delta + b_dt)
-    h_t = exp(dt_t A) h_{t-1} + (dt_t x_t) B_t'      y_t = h_t C_t + D x_t      out = W_out (y * SiLU(z))      A = -exp(A_log)
+    [x, z] = W_in u      x = SiLU(conv_4(x) + b)      [delta, B, C] = W_x x      dt = softplus(W_dt delta + b_dt)
+    h_t = exp(dt_t A) h_{t-1} + (dt_t x_t) B_t      y_t = h_t C_t + D x_t      A = -exp(A_log)
+    out = W_out (y * SiLU(z))
 
-Source: [mamba] Method 1 to 6; parameters are named as in its released checkpoints.  State: h [B, E, N] and the convolution's
-tail, constant in T.
+Source: [mamba] Method 1 to 7. Parameters have the names of the authors' code and of transformers' (where conv1d.weight
+has one more axis of length 1). One block does the work of a mixer and a channel mixer: two of them, without an MLP,
+replace a Transformer layer.
+State: h, [B, E, N] with E = expand dim, and the convolution's tail, constant in T.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqloom.core import BuildContext, Info, Mixed, Mixer, Placement, Segments, Spec, scan
+from seqloom.core import BuildContext, Info, Mixer, Placement, Spec
 from seqloom.core.marks import mark
 from seqloom.core.mixer import accumulator
 from seqloom.kernels import selective_scan
-from seqloom.parts import ShortConv, linear
+from seqloom.parts import ShortConv
 
-
-def _recurrent(*streams: Tensor, A: Tensor, state: Tensor, segments: Segments | None = None, zoh: bool = False) -> Mixed:
-    return scan(partial(selective_scan.step, A=A, zoh=zoh), *streams, state=state, segments=segments)
-
-
-EULER = {"recurrent": _recurrent, "chunked": selective_scan.chunked, "parallel": selective_scan.parallel}
-ZOH = {"recurrent": partial(_recurrent, zoh=True), "parallel": partial(selective_scan.parallel, zoh=True)}
+FORMS = {"recurrent": selective_scan.recurrent, "chunked": selective_scan.chunked, "parallel": selective_scan.parallel}
+Stream = Literal["dt", "B", "C"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mamba(Spec):
-    state: int = 16                 # N per channel
-    conv: int = 4                   # width of the short convolution
-    expand: int = 2                 # inner width E / model width
-    dt_rank: int | None = None      # None: ceil(dim / 16)
-    dt_min: float = 1e-3            # dt starts log-uniform between these, and not below dt_floor
+    state: int = 16               # N per channel
+    expand: int = 2               # inner width E / model width
+    conv: int = 4                 # width of the short convolution
+    dt_rank: int | None = None    # of the map from tokens to steps; None: dim / 16, rounded up
+    dt_min: float = 1e-3          # dt starts log-uniform between these, and not below dt_floor
     dt_max: float = 1e-1
     dt_floor: float = 1e-4
     conv_bias: bool = True
-    bias: bool = False              # of the projections in and out
-    selective: Literal["all", "dt", "none"] = "all"  # which maps depend on the token: dt, B and C; dt alone; none
-    discretise: Literal["euler", "zoh"] = "euler"    # of the input map; zoh is exact and has no chunked form
+    bias: bool = False            # of the projections in and out
+    # which of step and maps are read from the token; the others are the same maps of one trained vector
+    selective: tuple[Stream, ...] = ("dt", "B", "C")
+    discretise: selective_scan.Discretisation = "euler"  # of the write; "zoh" is exact for a held input
 
+    forms: ClassVar[dict] = FORMS
     key: ClassVar[str] = "mamba"
-    equation: ClassVar[str] = "h_t = exp(dt_t A) h_{t-1} + (dt_t x_t) B_t';  y_t = h_t C_t + D x_t"
+    equation: ClassVar[str] = "h_t = exp(dt_t A) h_{t-1} + (dt_t x_t) B_t;  y_t = h_t C_t + D x_t"
     source: ClassVar[str] = "mamba"
     examples: ClassVar[dict] = {
-        "": dict(state=4), "dt": dict(state=4, selective="dt", conv_bias=False, bias=True, expand=1),
-        "none": dict(state=4, selective="none", conv=2), "zoh": dict(state=4, discretise="zoh"),
+        "": dict(state=4),
+        "zoh": dict(state=3, expand=1, conv=2, dt_rank=5, conv_bias=False, bias=True, discretise="zoh"),
+        "dt_only": dict(state=4, expand=1, selective=("dt",)),
+        "still": dict(state=4, expand=1, selective=()),
     }
 
-    @property
-    def forms(self) -> dict:
-        return EULER if self.discretise == "euler" else ZOH
+    def __post_init__(self) -> None:
+        unknown = set(self.selective) - {"dt", "B", "C"}
+        if unknown:
+            raise ValueError(f"Mamba: selective names some of dt, B and C, not {', '.join(map(repr, sorted(unknown)))}")
+        if not 0 < self.dt_min <= self.dt_max:
+            raise ValueError(f"Mamba: dt starts in [dt_min, dt_max], and {self.dt_min:g}, {self.dt_max:g} is no range above 0; "
+                             "use for example 0.001, 0.1")
+        if min(self.state, self.expand, self.conv, self.dt_rank or 1) < 1:
+            raise ValueError("Mamba: state, expand, conv and dt_rank are sizes of at least 1")
 
     def build(self, ctx: BuildContext) -> MambaLayer:
         return MambaLayer(self, ctx)
@@ -72,46 +79,48 @@ class MambaLayer(Mixer):
     def __init__(self, spec: Mamba, ctx: BuildContext):
         super().__init__(spec)
         inner, rank = spec.expand * ctx.dim, spec.dt_rank or -(-ctx.dim // 16)
-        self.sizes = (rank, spec.state, spec.state)
-        self.in_proj = linear(ctx.dim, 2 * inner, bias=spec.bias)
+        self.widths = (rank, spec.state, spec.state)
+        self.in_proj = nn.Linear(ctx.dim, 2 * inner, bias=spec.bias)
         self.conv1d = ShortConv(inner, spec.conv, bias=spec.conv_bias)
-        self.x_proj = linear(inner, sum(self.sizes), std=inner**-0.5)
+        self.x_proj = nn.Linear(inner, sum(self.widths), bias=False)
         self.dt_proj = nn.Linear(rank, inner)
-        dt = torch.exp(torch.empty(inner).uniform_(math.log(spec.dt_min), math.log(spec.dt_max))).clamp(min=spec.dt_floor)
+        own = dict(no_decay=True, keep_float32=True)
+        rates = torch.arange(1.0, spec.state + 1).log()
+        self.A_log = mark(nn.Parameter(rates.repeat(inner, 1)), **own)  # S4D-Real
+        self.D = mark(nn.Parameter(torch.ones(inner)), **own)
+        self.out_proj = nn.Linear(inner, ctx.dim, bias=spec.bias)
+        self.still = None if len(set(spec.selective)) == 3 else nn.Parameter(torch.randn(inner))
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-(rank**-0.5), rank**-0.5)
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            dt = torch.empty(inner).uniform_(math.log(spec.dt_min), math.log(spec.dt_max)).exp().clamp(min=spec.dt_floor)
+            self.dt_proj.bias.copy_(dt + (-(-dt).expm1()).log())  # softplus^-1(dt)
+            self.out_proj.weight.div_(math.sqrt(ctx.depth))
+            for layer in (self.in_proj, self.out_proj) if spec.bias else ():
+                layer.bias.zero_()
         mark(self.dt_proj.bias, no_decay=True)
-        own = dict(no_decay=True, keep_float32=True)
-        self.A_log = mark(nn.Parameter(torch.arange(1, spec.state + 1).float().log().repeat(inner, 1)), **own)
-        self.D = mark(nn.Parameter(torch.ones(inner)), **own)
-        self.out_proj = linear(inner, ctx.dim, bias=spec.bias, depth=ctx.depth)
-        if spec.selective != "all":
-            # what does not depend on the token is read off one learnt vector instead, by the same maps
-            self.fixed = nn.Parameter(torch.randn(inner))
 
     def mix(self, x: Tensor, cells: Cells | None, place: Placement, info: Info, donate: bool) -> tuple[Tensor, Any, dict]:
-        cells = self.empty(x.shape[0], None, x.dtype, x.device) if cells is None else cells
-        inner, z = self.in_proj(x).chunk(2, -1)
-        inner, tail, _ = self.conv1d(inner, cells.tail, place.segments)
         wide = accumulator(x.dtype)
-        dt, B, C = self._maps(inner)
-        A = -self.A_log.to(wide).exp()
-        y, hidden, _ = self.run(inner, dt, B, C, A=A, state=cells.hidden, segments=place.segments)
-        y = y + self.D.to(y.dtype) * inner
+        x, z = self.in_proj(x).chunk(2, -1)
+        x, tail, _ = self.conv1d(x, None if cells is None else cells.tail, place.segments)
+        dt, B, C = self._maps(x)
+        # the bias is added in the accumulator's dtype: it spans two decades and softplus is steep there
+        dt = F.softplus(F.linear(dt, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide))
+        y, hidden, _ = self.run(
+            x, dt.expand(*x.shape), B, C, A=-self.A_log.to(wide).exp(), D=self.D, state=None if cells is None else cells.hidden,
+            segments=place.segments, discretise=self.spec.discretise,
+        )
         return self.out_proj(y * F.silu(z)), Cells(hidden, tail), {}
 
-    def _maps(self, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dt [B, T, E] in float32 or wider, B and C [B, T, N]."""
-        delta, B, C = self.x_proj(inner).split(self.sizes, -1)
-        if self.spec.selective != "all":
-            fixed = self.x_proj(F.silu(self.fixed).to(inner.dtype)).split(self.sizes, -1)
-            B, C = (part.expand_as(B) for part in fixed[1:])
-            delta = fixed[0].expand_as(delta) if self.spec.selective == "none" else delta
-        # the bias is added in float32: a step of 1e-3 differs from one of 1.1e-3 in its last bits
-        wide = accumulator(inner.dtype)
-        dt = F.linear(delta, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide)
-        return F.softplus(dt), B, C
+    def _maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What dt is made of [B, T or 1, R], B and C [B, T, N], of the token or of one trained vector."""
+        moved = still = (None,) * 3
+        if self.spec.selective:
+            moved = self.x_proj(x).split(self.widths, -1)
+        if self.still is not None:
+            still = self.x_proj(self.still).split(self.widths, -1)
+        dt, B, C = (a if name in self.spec.selective else b for name, a, b in zip(("dt", "B", "C"), moved, still, strict=True))
+        return dt, B.expand(*x.shape[:2], -1), C.expand(*x.shape[:2], -1)
 
     def empty(self, batch: int, capacity: int | None, dtype: torch.dtype, device: Any) -> Cells:
         hidden = torch.zeros(batch, *self.A_log.shape, dtype=accumulator(dtype), device=device)

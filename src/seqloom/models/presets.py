@@ -54,16 +54,26 @@ SIZES: dict[str, tuple[tuple[str, ...], int, int]] = {
 }
 
 
+def demo(vocab: int) -> SequenceModel:
+    """What the demo trains: three gated delta blocks to one of windowed attention, narrow enough for minutes on a CPU."""
+    dim = 192
+    delta = Block(mixer=mixer_for("gated_delta", dim), mlp=SwiGLU(hidden=512))
+    window = Block(mixer=mixer_for("softmax", dim, window=256), mlp=SwiGLU(hidden=512))
+    return language_model(vocab=vocab, stack=Stack(dim=dim, blocks=(delta, delta, window, delta)))
+
+
 def preset(name: str, *, vocab: int, dim: int | None = None, layers: int | None = None) -> SequenceModel:
     """A language model by name. `<mixer>-tiny|small|base` works for every mixer, `hybrid-*` for the default mix."""
     kind, _, size = name.rpartition("-")
+    if name == "demo":
+        return demo(vocab)
     if name in SIZES:
         pattern, width, depth = SIZES[name]
     elif kind in MIXERS and f"transformer-{size}" in SIZES:
         _, width, depth = SIZES[f"transformer-{size}"]
         pattern = (kind,)
     else:
-        known = [*SIZES, *(f"{key}-{s}" for key in MIXERS for s in ("tiny", "small", "base"))]
+        known = ["demo", *SIZES, *(f"{key}-{s}" for key in MIXERS for s in ("tiny", "small", "base"))]
         raise BadInput(f"no model {name!r}; {near(name, known)}")
     return language_model(vocab=vocab, stack=stack_of(pattern, dim=dim or width, layers=layers or depth))
 

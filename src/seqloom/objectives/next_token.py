@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from seqloom.core import Info
+from seqloom.core import BadInput, Info
+from seqloom.models.heads import TokenHead
 from seqloom.models.sequence import SequenceModelLayer
 
 IGNORE = -100
@@ -25,29 +27,46 @@ class Loss(NamedTuple):
 class NextToken(nn.Module):
     """Wraps a language model: `objective(ids, targets, segments) -> Loss`. Unreduced losses of layers are averaged and added.
 
-    Scores are made for `chunk` tokens at a time, never for all of them: memory is linear in T without the vocabulary.
+    total = nats / count + sum of the layers' losses, with `count` the number of targets of this call; or of a larger batch
+    that it is a part of, with `share` the part's weight for the layers' losses: the totals of the parts then add up to that
+    of the whole. Scores are made for `chunk` tokens at a time, never for all of them: memory is linear in T without the
+    vocabulary.
+
+    Shapes: ids, targets (IGNORE where nothing is asked), segments [B, T].
     """
+
+    _no_split_modules = ["BlockLayer"]  # what sharding keeps whole
 
     def __init__(self, model: SequenceModelLayer, chunk: int = 1024):
         super().__init__()
+        if not isinstance(model.spec.head, TokenHead):
+            raise BadInput(f"next-token training needs a token_head, not {type(model.spec.head).__name__}")
         self.model = model
         self.chunk = chunk
 
-    def forward(self, ids: Tensor, targets: Tensor, segments: Tensor | None = None, state: Any = None) -> Loss:
+    def forward(self, ids: Tensor, targets: Tensor, segments: Tensor | None = None, state: Any = None, *,
+                count: Tensor | float | None = None, share: float = 1.0, keep_state: bool = True) -> Loss:
         hidden, state, aux = self.model.encode(ids, state=state, info=Info(segments=segments))
-        asked = targets != IGNORE
         nats = linear_cross_entropy(hidden.flatten(0, 1), self.model.head.weight, targets.flatten(), self.chunk)
-        count = asked.sum()
-        extra = sum((value.mean() for name, value in aux.items() if name.endswith("loss")), torch.zeros((), device=ids.device))
-        return Loss(nats / count.clamp(min=1) + extra, nats.detach(), count, state)
+        found = (targets != IGNORE).sum()
+        total = nats / (found.clamp(min=1) if count is None else count) + share * added(aux, nats)
+        return Loss(total, nats.detach(), found, state if keep_state else None)
+
+
+def added(aux: dict[str, Tensor], like: Tensor) -> Tensor:
+    """The layers' own losses (the entries of `aux` whose names end in "loss"), each averaged, summed."""
+    return sum((value.mean() for name, value in aux.items() if name.endswith("loss")), torch.zeros_like(like))
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
     """Sum of -log softmax(hidden weight')[targets] in nats, over targets other than IGNORE, in float32 or wider.
 
     Shapes: hidden [N, D], weight [V, D], targets [N]. Gradients are made along with the loss, `chunk` rows at a time, so
-    that the [N, V] scores never exist.
+    that the [N, V] scores never exist. Under autocast the products are in its dtype, softmax and sums are not.
     """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
     return _LinearCrossEntropy.apply(hidden, weight, targets, chunk)
 
 
@@ -55,10 +74,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        wants = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        dhidden = torch.empty_like(hidden) if wants else None
-        dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if wants else None
+        dhidden = torch.empty_like(hidden) if wants_hidden else None
+        dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if wants_weight else None
         table = weight.to(hidden.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], chunk):
@@ -68,16 +87,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 scores = (rows @ table.T).to(wide)
                 log_sum = scores.logsumexp(-1, keepdim=True)
                 total += torch.where(keep, (log_sum - scores.gather(1, index))[:, 0], 0.0).sum()
-                if wants:
+                if wants_hidden or wants_weight:
                     slope = scores.sub_(log_sum).exp_().scatter_add_(1, index, torch.full_like(log_sum, -1.0))
-                    slope = slope.mul_(keep[:, None]).to(hidden.dtype)
-                    dhidden[start : start + chunk] = slope @ table
-                    dweight += slope.T @ rows
+                    # a selection: what stands at a row that is not asked, NaN included, moves nothing
+                    slope = torch.where(keep[:, None], slope, 0.0).to(hidden.dtype)
+                    if wants_hidden:
+                        dhidden[start : start + chunk] = slope @ table
+                    if wants_weight:
+                        dweight += slope.T @ torch.where(keep[:, None], rows, 0.0)
         ctx.save_for_backward(dhidden, dweight)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dweight = ctx.saved_tensors
-        return dhidden * slope.to(dhidden.dtype), (dweight * slope).to(ctx.weight_dtype), None, None
+        return (None if dhidden is None else dhidden * slope.to(dhidden.dtype),
+                None if dweight is None else (dweight * slope).to(ctx.weight_dtype), None, None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqloom.core.segments import Segments
@@ -16,7 +15,7 @@ from seqloom.kernels import short_conv
 class ShortConv(nn.Module):
     """Depthwise causal convolution over `width` tokens, then SiLU (or nothing). State: the tail [B, width - 1, dim]."""
 
-    def __init__(self, dim: int, width: int = 4, *, bias: bool = False, activation: str | None = "silu"):
+    def __init__(self, dim: int, width: int = 4, *, bias: bool = False, activation: short_conv.Activation | None = "silu"):
         super().__init__()
         bound = 1 / math.sqrt(width)
         self.weight = nn.Parameter(torch.empty(dim, width).uniform_(-bound, bound))
@@ -24,8 +23,9 @@ class ShortConv(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor, state: Tensor | None = None, segments: Segments | None = None) -> Mixed:
-        y, tail, _ = short_conv.parallel(x, weight=self.weight, bias=self.bias, state=state, segments=segments)
-        return Mixed(F.silu(y) if self.activation == "silu" else y, tail)
+        return short_conv.parallel(
+            x, weight=self.weight, bias=self.bias, state=state, segments=segments, activation=self.activation
+        )
 
     def empty(self, batch: int, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
         dim, width = self.weight.shape

@@ -62,7 +62,7 @@ def nplr_legs(state: int) -> NormalPlusLowRank:
     return NormalPlusLowRank(poles, V.conj().T @ p, (V.conj().T @ B).real, V)
 
 
-def initial_poles(init: Poles, state: int, channels: int) -> tuple[Float[Tensor, "d n"], Float[Tensor, "d n"]]:
+def initial_poles(init: str, state: int, channels: int) -> tuple[Float[Tensor, "d n"], Float[Tensor, "d n"]]:
     """Real and imaginary parts of the N/2 poles that stand for N, per channel, in float64: [D, N/2] each.
 
     With n = 0 .. N/2 - 1 and real part -1/2 except for `real`:
@@ -97,7 +97,7 @@ def initial_poles(init: Poles, state: int, channels: int) -> tuple[Float[Tensor,
 
 
 def discretise(poles: Complex[Tensor, "d n"], dt: Float[Tensor, " d"],
-               method: Discretisation) -> tuple[Complex[Tensor, "d n"], Complex[Tensor, "d n"]]:
+               method: str) -> tuple[Complex[Tensor, "d n"], Complex[Tensor, "d n"]]:
     """(log Abar, gain), both [D, N]: x_t = Abar x_{t-1} + gain B u_t over steps of dt.
 
     zoh       Abar = exp(dt A)                          gain = (Abar - 1) / A

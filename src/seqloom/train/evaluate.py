@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from seqloom.objectives import NextToken
 
 
 class Score(NamedTuple):
-    """loss: nats per token. bits_per_byte: over all bytes of the documents. tokens: targets scored."""
+    """loss: nats per token. bits_per_byte: over all bytes of the documents, their ends included. tokens: targets scored."""
 
     loss: float
     bits_per_byte: float
@@ -25,43 +25,65 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: SequenceModelLayer, corpus: Corpus, *, context: int = 512, strips: int = 8, carry: bool | None = None) -> Score:
-    """Every held-out token once, given its document so far.
+def evaluate(model: SequenceModelLayer, corpus: Corpus, *, context: int = 512, rows: int = 8, carry: bool | None = None,
+             overlap: int = 0, objective: Callable[..., Any] | None = None) -> Score:
+    """Every token of the held-out documents, and where each ends, once; exact, whatever the batching.
 
-    With `carry` the state goes from window to window, so that a token sees all of its document that the mixers keep; without it each
-    window begins anew. None: carry where the state is constant.
+    With `carry` the state goes from window to window, so that a token sees all of its document that the mixers keep. Without
+    it each window of `context` tokens begins anew, after `overlap` tokens of the one before that are read again. None: carry
+    where the state is constant and no overlap is asked for. bits per byte = nats / ln 2 / UTF-8 bytes of what was scored.
+    Raises: BadInput if nothing is held out, the model sees the future, or it cannot carry a state.
     """
     if len(corpus.held) < 2:
         raise BadInput("nothing is held out: there is one document, or --held-out is 0")
     stack = model.spec.stack
-    if carry is None:
-        carry = all(block.mixer.constant_state for block in stack.blocks)
     if not stack.causal:
         raise BadInput("bits per byte need a causal model; this one sees the future")
+    if carry is None:
+        carry = not overlap and all(block.mixer.constant_state for block in stack.blocks)
+    if carry and not all(block.mixer.streams for block in stack.blocks):
+        raise BadInput("carry needs mixers that stream")
     device = next(model.parameters()).device
-    objective = NextToken(model)
-    training = model.training
-    model.eval()
+    score = NextToken(model) if objective is None else objective
     nats, count, state = 0.0, 0, None
-    for batch in corpus.held_strips(strips=strips, context=context):
-        ids, targets, segments = (part.to(device) for part in batch)
-        loss = objective(ids, targets, segments, state=state)
-        nats += float(loss.nats)
-        count += int(loss.count)
-        state = loss.state if carry else None
-    model.train(training)
+    strips = corpus.held_strips(rows=rows, context=context)
+    with evaluating(model):
+        for batch in strips if carry else corpus.held_windows(rows=rows, context=context, overlap=overlap):
+            ids, targets, segments = (None if part is None else part.to(device) for part in batch)
+            loss = score(ids, targets, segments, state=state)
+            nats += float(loss.nats)
+            count += int(loss.count)
+            state = loss.state if carry else None
     return Score(nats / max(count, 1), nats / math.log(2) / max(corpus.held.size, 1), count)
 
 
 @contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block, and each part's own mode after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
 def without(model: SequenceModelLayer, kind: str) -> Iterator[None]:
-    """The model with every mixer called `kind` giving 0: what it earns is what is lost."""
+    """The model with every mixer called `kind` giving 0, not trained again: what it earns is what is lost.
+
+    Raises: BadInput if the model has no such mixer.
+    """
     def silence(layer: nn.Module, args: Any, output: Any) -> Any:
         return output._replace(y=torch.zeros_like(output.y))
 
-    handles = [block.mixer.register_forward_hook(silence) for block in model.stack.blocks if block.mixer.spec.name() == kind]
-    if not handles:
-        raise BadInput(f"the model has no mixer {kind!r}")
+    mixers = [block.mixer for block in model.stack.blocks]
+    chosen = [mixer for mixer in mixers if mixer.spec.name() == kind]
+    if not chosen:
+        known = ", ".join(dict.fromkeys(mixer.spec.name() for mixer in mixers))
+        raise BadInput(f"the model has no mixer {kind!r}; it has {known}")
+    handles = [mixer.register_forward_hook(silence) for mixer in chosen]
     try:
         yield
     finally:
@@ -69,8 +91,8 @@ def without(model: SequenceModelLayer, kind: str) -> Iterator[None]:
             handle.remove()
 
 
-def first_bad_layer(model: SequenceModelLayer, ids: Tensor, segments: Tensor | None) -> str:
-    """The first part of the model whose output is not finite on this batch."""
+def first_bad_layer(model: SequenceModelLayer, ids: Tensor, segments: Tensor | None) -> str | None:
+    """The first part of the model whose output is not finite on this batch; None if all are finite."""
     found: list[str] = []
 
     def look(name: str) -> Any:
@@ -81,9 +103,10 @@ def first_bad_layer(model: SequenceModelLayer, ids: Tensor, segments: Tensor | N
 
         return hook
 
-    parts = [("stem", model.stem)]
+    parts: list[tuple[str, nn.Module]] = [("the stem", model.stem)]
     for i, block in enumerate(model.stack.blocks):
         parts += [(f"layer {i} ({block.mixer.spec.name()})", block.mixer), (f"layer {i} (channel mixer)", block)]
+    parts.append(("the last norm", model.stack.norm))
     handles = [part.register_forward_hook(look(name)) for name, part in parts]
     try:
         with torch.no_grad():
@@ -91,4 +114,11 @@ def first_bad_layer(model: SequenceModelLayer, ids: Tensor, segments: Tensor | N
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else "the loss or its gradient"
+    return found[0] if found else None
+
+
+def last_bad_gradient(model: SequenceModelLayer) -> str | None:
+    """The parameter nearest to the output whose gradient is not finite: where the backward pass broke first."""
+    names = [name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    inside = [name for name in names if name.startswith("stack.")]
+    return (inside or names or [None])[-1]
