@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import random
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -17,14 +18,15 @@ from seqloom.data import tokenizer as tok
 from seqloom.data.chat import PLAIN, chat_parts, check_template
 
 READER = importlib.import_module("seqloom.data.documents")  # the package's name for it is the function inside
-WORDS = "the quick brown fox jumps over the lazy dog while naïve cafés sell 漢字 and 🙂 to def f(x): return x".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "naïve", "cafés", "漢字", "🙂", "def f(x):", "return x"]
 
 
 def write_texts(folder, count=30, seed=0, size=40):
     draw = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        (folder / f"{i:03}.txt").write_text(f"{i} " + " ".join(draw.choice(WORDS) for _ in range(draw.randint(size // 2, size))), "utf-8")
+        text = " ".join(draw.choice(WORDS) for _ in range(draw.randint(size // 2, size)))
+        (folder / f"{i:03}.txt").write_text(f"{i} {text}", "utf-8")
     return folder
 
 
@@ -54,7 +56,9 @@ def test_a_folder_is_its_text_files_and_not_what_is_hidden(tmp_path):
     assert all(document.ends and document.parts == ((document.name, True),) for document in found)
 
 
-@pytest.mark.parametrize("text", ["word " * 9000, "line\n" * 9000, ("a paragraph of it\n" * 20 + "\n") * 100, "漢字🙂" * 9000, "short"])
+@pytest.mark.parametrize(
+    "text", ["word " * 9000, "line\n" * 9000, ("a paragraph of it\n" * 20 + "\n") * 100, "漢字🙂" * 9000, "short"],
+)
 def test_a_text_alone_is_cut_into_documents_that_make_it_up(tmp_path, monkeypatch, text):
     monkeypatch.setattr(READER, "READ", 4099)  # characters of several bytes are cut apart between reads
     (tmp_path / "alone.txt").write_text(text, "utf-8")
@@ -73,7 +77,7 @@ def test_large_files_of_a_folder_are_cut_too(tmp_path, monkeypatch):
     assert len(read(tmp_path)) == 4
 
 
-TRICKY = ['plain', 'with "quotes", commas', "two\nlines", "a \u2028 separator and a \x0c form feed", "ends in\r\nwindows style", "漢字"]
+TRICKY = ["plain", 'with "quotes", commas', "two\nlines", "a \u2028 separator, a \x0c form feed", "ends in\r\nwindows", "漢字"]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet"])
@@ -113,7 +117,10 @@ def test_completions_and_chats_say_what_is_learnt(tmp_path):
     assert document.parts == (
         ("system:\nbe kind\n\nuser:\nhi\n\nassistant:\n", False), ("hello", True), (None, True),
         ("user:\nbye\n\nassistant:\n", False), ("ciao", True), (None, True))
-    own = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    own = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
     parts = read(tmp_path / "b.jsonl", template=own)[0].parts
     assert parts[1] == ("hello</s>", True) and parts[0] == ("<system>be kind<user>hi<assistant>", False)
     assert check_template(own, "x") == own
@@ -212,8 +219,8 @@ def test_the_tokenizer_is_refused_where_it_cannot_do(tmp_path):
 # The split --------------------------------------------------------------------------------------------------------
 
 
-@given(sizes=st.lists(st.integers(1, 300), min_size=1, max_size=60), share=st.sampled_from([0.05, 0.3, 0.5]), seed=st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=60), st.sampled_from([0.05, 0.3, 0.5]), st.integers(0, 99))
+@settings(max_examples=60)
 def test_split_goes_by_content_alone(sizes, share, seed):
     draw = np.random.default_rng(seed)
     digests = draw.integers(0, 2**64, len(sizes), np.uint64)
@@ -315,7 +322,7 @@ def test_nothing_half_written(folder, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(corpus._Side, "add", full)
-    with pytest.raises(FailedRun, match="cannot be written to .*: No space left on device"):
+    with pytest.raises(FailedRun, match=r"cannot be written to .*: No space left on device"):
         prepare(str(folder), out, vocab=300)
     assert list(out.iterdir()) == []
     monkeypatch.undo()
@@ -343,7 +350,7 @@ def test_data_that_change_while_they_are_read(tmp_path, monkeypatch):
 
 def pieces_of(tokens):
     ids, edges = np.asarray(tokens.ids).tolist(), [*np.asarray(tokens.starts).tolist(), len(tokens)]
-    return [ids[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [ids[a:b] for a, b in pairwise(edges)]
 
 
 def test_batches_are_a_pure_function_of_seed_and_step(made):
@@ -370,11 +377,12 @@ def test_an_epoch_asks_every_window_once_and_documents_stay_whole(made, context)
             change = (segments[0].diff() != 0).nonzero().flatten() + 1
             assert change.tolist() == [s for s in starts if s > 0] and segments.min() == 1
         row = [*ids[0].tolist(), int(targets[0, -1])]
-        for begin, end in zip(starts, starts[1:], strict=False):  # documents that are wholly inside
+        for begin, end in pairwise(starts):  # documents that are wholly inside
             seen.append(documents_[tuple(row[begin:end])])
     assert len(seen) == len(set(seen)) and (context < 64 or len(seen) > 3)
-    orders = [[made.batch(step, seed=0, batch=1, context=context).ids for step in range(e * 5, e * 5 + 3)] for e in (0, made.windows(context))]
-    assert not all(torch.equal(a, b) for a, b in zip(*orders, strict=True))
+    epoch = made.windows(context)
+    first, second = ([made.batch(at + i, seed=0, batch=1, context=context).ids for i in range(3)] for at in (0, epoch))
+    assert not all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_what_is_not_learnt_is_not_asked(tmp_path):
@@ -408,7 +416,8 @@ def test_packing_that_continues_gives_no_segments(made):
 
 @pytest.mark.parametrize(("how", "options"), [
     ("held_windows", dict(rows=3, context=16)), ("held_windows", dict(rows=5, context=16, overlap=7)),
-    ("held_windows", dict(rows=2, context=10_000)), ("held_strips", dict(rows=3, context=16)), ("held_strips", dict(rows=99, context=50)),
+    ("held_windows", dict(rows=2, context=10_000)), ("held_strips", dict(rows=3, context=16)),
+    ("held_strips", dict(rows=99, context=50)),
 ])
 def test_every_held_out_token_is_asked_once(made, how, options):
     want = sorted(token for piece in pieces_of(made.held) for token in [*piece[1:], made.start])
@@ -460,6 +469,6 @@ def test_the_plain_chat_template_is_what_transformers_renders(made):
     messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(turns)]
     parts = chat_parts(messages, "row")
     ids = [[made.start] if text is None else made.tokenizer.encode(text).ids for text, _ in parts]
-    assert auto.apply_chat_template(messages, return_dict=False) == [made.start, *sum(ids, [])]
+    assert auto.apply_chat_template(messages, return_dict=False) == [made.start, *chain(*ids)]
     prompt = auto.apply_chat_template(messages[:3], add_generation_prompt=True, return_dict=False)
-    assert prompt == [made.start, *sum(ids[:4], [])] and parts[4] == ("naïve cafés", True)
+    assert prompt == [made.start, *chain(*ids[:4])] and parts[4] == ("naïve cafés", True)

@@ -17,7 +17,9 @@ class BenchOptions:
     """Time mixers: training beside transformers and x-transformers, Mamba beside transformers' own, growth with length,
     the cost of packing, decoding after short and long contexts."""
 
-    suite: Annotated[Literal["training", "state-space", "lengths", "segments", "decoding", "all"], tyro.conf.Positional] = "training"
+    suite: Annotated[
+        Literal["training", "state-space", "lengths", "segments", "decoding", "all"], tyro.conf.Positional
+    ] = "training"
     """What to time."""
     mixers: str = ""
     """Comma-separated names; all by default."""

@@ -70,7 +70,8 @@ def check_paper(slug: str, options: CheckOptions) -> bool:
     stderr(f"{slug}: checks{' and claims' if options.claims else ''} ...")
     found = evidence.check_recipe(recipe(slug), claims=options.claims, jobs=options.jobs)
     for check in found["checks"]:
-        print(f"  {'holds' if check['holds'] else 'FAILS'}  {check['text']}: {check['value']:.3g} {check['relation']} {check['limit']:g}")
+        found_value = f"{check['value']:.3g} {check['relation']} {check['limit']:g}"
+        print(f"  {'holds' if check['holds'] else 'FAILS'}  {check['text']}: {found_value}")
     for claim in found["claims"]:
         print(f"  {'holds' if claim['holds'] else 'FAILS'}  {claim['text']} ({claim['seconds']:.0f} s)")
         for arm, means in claim["means"].items():

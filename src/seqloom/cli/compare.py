@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seqloom.cli.options import parse, stderr
+from seqloom.cli.options import at_least, making, parse, stderr
 from seqloom.core import BadInput
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ class CompareOptions:
     lr: float = 2e-3
     """Peak learning rate on text."""
     jobs: int = 1
-    """Runs side by side on a generated task; the speed in the table is then that of a shared machine."""
+    """Runs side by side on a generated task; the speed in the table is then that of a shared machine. 0: in this process,
+    where peak memory is that of all runs so far."""
 
 
 def main(argv: list[str]) -> None:
@@ -50,27 +51,38 @@ def main(argv: list[str]) -> None:
         raise BadInput(f"--mixers takes two or more different names with commas between, not {options.mixers!r}")
     if (options.data is None) == (options.task is None):
         raise BadInput("give either --data (files) or --task (generated)")
-    if options.seeds < 1 or options.steps < 1:
-        raise BadInput("--seeds and --steps must be at least 1")
+    at_least(1, seeds=options.seeds, steps=options.steps, dim=options.dim, layers=options.layers, context=options.context,
+             batch=options.batch)
+    at_least(0, jobs=options.jobs)
+    if options.out.exists() and not options.out.is_dir():
+        raise BadInput(f"--out {options.out} is a file")
+    with making(options.out):
+        run(names, options)
+
+
+def run(names: list[str], options: CompareOptions) -> None:
     from seqloom.core import Budget
     from seqloom.study import compare as study
 
     options.out.mkdir(parents=True, exist_ok=True)
     if options.data is not None:
         found = study.compare_on_text(
-            names, options.data, out=options.out, dim=options.dim, layers=options.layers, context=options.context, batch=options.batch,
-            steps=options.steps, lr=options.lr, seeds=options.seeds, column=options.column, say=stderr)
+            names, options.data, out=options.out, dim=options.dim, layers=options.layers, context=options.context,
+            batch=options.batch, steps=options.steps, lr=options.lr, seeds=options.seeds, column=options.column, say=stderr)
     else:
         budget = Budget(steps=options.steps, batch=options.batch)
-        found = study.compare_on_task(names, options.task, dim=options.dim, layers=options.layers, budget=budget, seeds=options.seeds, jobs=options.jobs)
+        found = study.compare_on_task(names, options.task, dim=options.dim, layers=options.layers, budget=budget,
+                                      seeds=options.seeds, jobs=options.jobs)
     print(table(found))
     for path in study.save(found, options.out, about={"data": options.data, "task": options.task, "steps": options.steps}):
         stderr(f"wrote {path}")
 
 
 def table(found: Comparison) -> str:
-    lines = [f"{'mixer':<24}{'parameters':>12}{found.metric:>16}{'spread':>9}{'tokens/s':>10}{f'state at {found.length}':>16}{'peak MB':>9}"]
+    lines = [f"{'mixer':<24}{'parameters':>12}{found.metric:>16}{'spread':>9}{'tokens/s':>10}"
+             f"{f'state at {found.length}':>16}{'peak MB':>9}"]
     for row in found.ranked():
         peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}"
-        lines.append(f"{row.mixer:<24}{row.parameters:>12,}{row.score:>16.4f}{row.spread:>9.4f}{row.tokens_per_second:>10,.0f}{row.state_bytes:>16,}{peak:>9}")
+        lines.append(f"{row.mixer:<24}{row.parameters:>12,}{row.score:>16.4f}{row.spread:>9.4f}"
+                     f"{row.tokens_per_second:>10,.0f}{row.state_bytes:>16,}{peak:>9}")
     return "\n".join(lines)

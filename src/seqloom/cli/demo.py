@@ -15,7 +15,7 @@ class DemoOptions:
 
     out: Path = Path("runs/demo")
     """Folder of the run; an earlier demo there is replaced."""
-    minutes: float = 3.75
+    minutes: float = 3.5
     """Length of training."""
     prompt: str = "def read_lines(path):\n"
     """What the sample continues."""
@@ -37,8 +37,9 @@ def main(argv: list[str]) -> int:
     for name, value in found.ablated.items():
         print(f"  without {name:<22}{value:7.3f}  it earns {value - ours:.3f}")
     print("\na continuation")
-    text = options.prompt + "".join(continuation(found.result.model.eval(), found.result.corpus.tokenizer, options.prompt, tokens=80,
-                                                 temperature=0.7, top_p=0.95, seed=0))
+    model, tokenizer = found.result.model.eval(), found.result.corpus.tokenizer
+    words = continuation(model, tokenizer, options.prompt, tokens=80, temperature=0.7, top_p=0.95, seed=0)
+    text = options.prompt + "".join(words)
     print("  " + text.replace("\n", "\n  "))
     print(f"\ntrained {found.result.seconds:.0f} s at {found.result.tokens_per_second:,.0f} tokens/s")
     print("forms: " + "; ".join(f"{mixer} {', '.join(names)}" for mixer, names in found.forms.items()))

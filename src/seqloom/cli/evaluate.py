@@ -6,7 +6,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from seqloom.cli.options import parse
+from seqloom.cli.options import at_least, device_of, parse
+from seqloom.core import BadInput
 
 
 @dataclass
@@ -31,8 +32,12 @@ def main(argv: list[str]) -> None:
     from seqloom.train.loop import stored_corpus
 
     options = parse(EvaluateOptions, argv, verb="evaluate")
+    at_least(1, context=options.context)
+    device = device_of(options.device)
     model, tokenizer = hub.load(options.model)
-    model.to(options.device)
+    model.to(device)
+    if tokenizer is None:
+        raise BadInput(f"{options.model} has no tokenizer.json, so text cannot be read with it")
     if options.data is None:
         corpus, config = stored_corpus(options.model)
         score = evaluate(model, corpus, context=options.context or config.context)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seqloom.cli.options import parse
+from seqloom.cli.options import at_least, device_of, parse
 from seqloom.core import BadInput
 
 
@@ -36,10 +36,12 @@ def main(argv: list[str]) -> None:
     from seqloom import hub
 
     options = parse(GenerateOptions, argv, verb="generate")
-    if options.tokens < 1:
-        raise BadInput(f"--tokens must be at least 1, not {options.tokens}")
+    at_least(1, tokens=options.tokens)
+    device = device_of(options.device)
     model, tokenizer = hub.load(options.model)
-    model.to(options.device).eval()
+    model.to(device).eval()
+    if tokenizer is None:
+        raise BadInput(f"{options.model} has no tokenizer.json, so it cannot read a prompt")
     sys.stdout.write(options.prompt)
     for text in continuation(model, tokenizer, options.prompt, tokens=options.tokens, temperature=options.temperature,
                              top_k=options.top_k, top_p=options.top_p, seed=options.seed):
@@ -60,7 +62,8 @@ def continuation(model: Any, tokenizer: Any, prompt: str, *, tokens: int, **sett
     made: list[int] = []
     shown = ""
     stop = () if start is None else (start,)
-    for step in stream(model, torch.tensor([ids]), max_new_tokens=tokens, stop=stop, **settings):
+    prompts = torch.tensor([ids], device=next(model.parameters()).device)
+    for step in stream(model, prompts, max_new_tokens=tokens, stop=stop, **settings):
         if bool(step.done) and int(step.ids) in stop:
             return
         made.append(int(step.ids))

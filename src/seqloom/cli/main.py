@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import importlib
 import logging
+import os
 import sys
 import traceback
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output left (| head)
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush does not fail too
         return 0
     except OSError as error:
         return _say(_plain(error), 2 if error.errno in _YOURS else 1, show, error)
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         return _say(f"unexpected {type(error).__name__}: {error} (--traceback shows where)", 1, show, error)
 
 
-_YOURS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
+_YOURS = (errno.ENOENT, errno.EACCES, errno.EEXIST, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
 
 
 def _plain(error: OSError) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from seqloom.cli.options import parse
+from seqloom.cli.options import at_least, parse
 from seqloom.core import BadInput, near
 
 
@@ -27,6 +27,7 @@ def main(argv: list[str]) -> None:
     from seqloom.recipes import recipe, slugs
 
     options = parse(ShowOptions, argv, verb="show")
+    at_least(1, dim=options.dim)
     if options.name in MIXERS:
         show_mixer(options.name, options.dim)
     elif options.name in slugs():
@@ -36,7 +37,6 @@ def main(argv: list[str]) -> None:
 
 
 def show_mixer(name: str, dim: int) -> None:
-
     from seqloom.core import BuildContext, runnable
     from seqloom.models.presets import mixer_for
     from seqloom.study.fit import count_parameters

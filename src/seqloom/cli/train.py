@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from seqloom.cli.options import parse, stderr
+from seqloom.cli.options import making, parse, stderr
 
 
 def main(argv: list[str]) -> None:
@@ -10,7 +10,11 @@ def main(argv: list[str]) -> None:
     from seqloom.train import TrainConfig, train
 
     config = parse(TrainConfig, argv, verb="train")
-    result = train(config, say=stderr)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of writing one file
+    with making(config.out):
+        result = train(config, say=stderr)
     forms = "; ".join(f"{mixer} {', '.join(names)}" for mixer, names in form_report().items())
     print(f"trained in {result.seconds:.0f} s at {result.tokens_per_second:,.0f} tokens/s; forms: {forms}")
     if result.score is not None:

@@ -12,9 +12,9 @@ PLAIN = (
     "{% else %}{{ message['content'] | trim }}\n\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}assistant:\n{% endif %}"
 )
-"""Each turn under its role; what the assistant says is learnt, and that it stops, the rest is read. A model trained with it is
-saved with it, so that `tokenizer.apply_chat_template` gives the tokens it was trained on: a line end before what is learnt and an
-end token after it are where a tokenizer cuts anyway, so that parts and whole are cut alike."""
+"""Each turn under its role; what the assistant says is learnt, and that it stops, the rest is read. A model trained with
+it is saved with it, and `tokenizer.apply_chat_template` gives the tokens it was trained on: a line end before what is learnt
+and an end token after it are where a tokenizer cuts anyway, so that parts and whole are cut alike."""
 
 END = "\ue0ff end \ue0ff"  # what eos_token is while a template is rendered: no text holds it
 

@@ -216,7 +216,7 @@ def compare_on_text(mixers: list[str], data: str, *, out: Path, dim: int = 128, 
 
     Every run is a process of its own, so that peak memory is that run's.
     """
-    corpus = prepare(data, out / "data", column=column, vocab=vocab)
+    corpus = prepare(data, out / "data", column=column, vocab=vocab, say=say)
     stacks = {name: stack_of(tuple(name.split("+")), dim=dim, layers=layers) for name in mixers}
     specs = equalise(stacks, vocab=corpus.vocab)
     # seeds in the outer loop: a machine's drift falls on all arms alike

@@ -28,10 +28,11 @@ class Demo:
 
 
 def config(out: Path, minutes: float) -> TrainConfig:
-    return TrainConfig(data="stdlib", model=MODEL, out=out, minutes=minutes, vocab=4096, context=512, batch=4, lr=4e-3, save_every=0)
+    return TrainConfig(data="stdlib", model=MODEL, out=out, minutes=minutes, vocab=4096, context=128, batch=16, lr=6e-3,
+                       save_every=0)
 
 
-def run(out: Path, *, minutes: float = 3.75, progress: bool = True, say: Callable[[str], None] = print) -> Demo:
+def run(out: Path, *, minutes: float = 3.5, progress: bool = True, say: Callable[[str], None] = print) -> Demo:
     """Train, then score everything on the same held-out files. Raises what `train` raises."""
     settings = config(out, minutes)
     result = train(settings, progress=progress, say=say)

@@ -79,7 +79,7 @@ class TrainConfig:
         for name in ("context", "batch", "accumulate", "log_every", "vocab"):
             if getattr(self, name) < 1:
                 raise BadInput(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        for name in ("save_every", "eval_every", "weight_decay"):
+        for name in ("save_every", "eval_every", "weight_decay", "seed"):
             if getattr(self, name) < 0:
                 raise BadInput(f"--{name.replace('_', '-')} must not be below 0, but is {getattr(self, name):g}")
         if self.steps is not None and self.minutes is not None:

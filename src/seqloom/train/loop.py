@@ -193,8 +193,9 @@ class _Run:
         main = accelerator.is_main_process
         self.trainee.train()
         begin = time.perf_counter()
-        show = progress and main
-        with Stop() as stop, Log(config, start, _plain(config), wanted=main) as log, Bar(steps, start, show) as bar:
+        mixers = {block.mixer.spec.name() for block in self.model.stack.blocks}
+        bar = Bar(steps, start, mixers, progress and main)
+        with Stop() as stop, Log(config, start, _plain(config), wanted=main) as log, bar:
             for step in range(start, steps):
                 loss = self.backward(step)
                 norm = accelerator.clip_grad_norm_(self.trainee.parameters(), config.clip)
@@ -263,6 +264,8 @@ class _Run:
                 found = [first_bad_layer(self.model, part.ids, part.segments) for part in self.parts(step)[0]]
             where = next(filter(None, found), None)
             if where is None:
+                self.optimiser.zero_grad(set_to_none=True)
+                self.backward(step)  # again: clipping by a norm that is not finite has spread it over all gradients
                 parameter = last_bad_gradient(self.model)
                 where = f"the backward pass, at {parameter}" if parameter else "the loss"
         rows = f"windows {step * self.config.batch} to {(step + 1) * self.config.batch - 1}"

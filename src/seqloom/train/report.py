@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -112,17 +112,18 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class Bar:
-    """A progress bar with loss, tokens/s, time left and the forms in use; silent when not wanted."""
+    """A progress bar with loss, tokens/s, time left and the forms of the `mixers` in use; silent when not wanted."""
 
-    def __init__(self, steps: int, start: int, wanted: bool):
-        self.bar = None
+    def __init__(self, steps: int, start: int, mixers: Collection[str], wanted: bool):
+        self.bar, self.mixers = None, mixers
         if wanted:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            columns = TextColumn("training"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn()
             self.bar = Progress(*columns, TextColumn("{task.fields[facts]}"), console=Console(file=sys.stderr))
             self.task = self.bar.add_task("", total=steps, completed=start, facts="")
+            self.forms: dict[str, list[str]] = {}
 
     def __enter__(self) -> Bar:
         if self.bar is not None:
@@ -139,8 +140,11 @@ class Bar:
 
     def advance(self, loss: float, speed: float) -> None:
         if self.bar is not None:
-            forms = " ".join(f"{mixer}:{'/'.join(names)}" for mixer, names in form_report().items())
-            self.bar.update(self.task, advance=1, facts=f"loss {loss:.3f}  {speed:,.0f} tokens/s  {forms}")
+            forms = {name: found for name, found in form_report().items() if name in self.mixers}
+            if forms != self.forms:  # above the bar, when they are first used
+                self.bar.console.print("forms: " + "; ".join(f"{name} {', '.join(found)}" for name, found in forms.items()))
+                self.forms = forms
+            self.bar.update(self.task, advance=1, facts=f"loss {loss:.3f} {speed:,.0f} tokens/s")
 
 
 def memory() -> float:
