@@ -42,7 +42,7 @@ def parallel(x: Float[Tensor, "b t d"], *, weight: Float[Tensor, "d k"], bias: T
     if segments is None:
         line = torch.cat([state.to(x.dtype), x], 1)
         y = _Taps.apply(line, weight, bias, None, activation == "silu")
-        return Mixed(y, line[:, tokens:].to(state.dtype))
+        return Mixed(y, line[:, tokens:].to(state.dtype, copy=True))  # a view would keep all of the line
     source, place = segments.order()
     line = torch.cat([state.to(x.dtype), _Permute.apply(segments.hold(x), source, place)], 1)
     run = F.pad(segments.run.gather(1, source), (width - 1, 0))
