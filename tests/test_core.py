@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from typing import ClassVar, Literal, NamedTuple
 
 import pytest
 import torch
+import torch._dynamo
 from hypothesis import given
 from hypothesis import strategies as some
 from torch import Tensor, nn
@@ -520,3 +522,26 @@ def test_requirements_hold_on_means():
     assert str(core.below("method", 0.2, on="late")) == "method <= 0.2 on late"
     check = core.Check(text="", where="", measure=lambda: 1.0, limit=1.0)
     assert check.holds(1.0) and not check.holds(1.1) and not check.holds(float("nan"))
+
+
+def test_use_form_does_not_reach_another_thread():
+    found = []
+    with core.use_form("recurrent"):
+        thread = threading.Thread(target=lambda: found.append(ran()))
+        thread.start()
+        thread.join()
+    assert found == ["chunked"]
+
+
+@pytest.mark.skipif(hasattr(core.run, "__wrapped__"), reason="no compiler traces annotations that are checked at run time")
+def test_a_compiled_graph_follows_the_form_in_force():
+    forms = {"recurrent": lambda x: x + 1, "chunked": lambda x: x + 2}
+    torch._dynamo.reset()
+    call = torch.compile(lambda x: core.run(forms, x, name="toy"), backend="eager", fullgraph=True)
+    x = torch.zeros(1, 4, 2)
+    assert call(x)[0, 0, 0] == 2
+    with core.use_form("recurrent"):
+        assert call(x)[0, 0, 0] == 1
+    with core.use_form(toy="recurrent"):
+        assert call(x)[0, 0, 0] == 1
+    assert call(x)[0, 0, 0] == 2

@@ -399,6 +399,25 @@ def test_what_is_not_learnt_is_not_asked(tmp_path):
     assert "question" not in text and text.count("answer") >= 30 and 30 <= ends <= 40  # where an answer ends is learnt
 
 
+def test_a_document_that_is_closed_already_has_no_second_end(tmp_path):
+    rows = []
+    for i in range(60):
+        chat = [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i}"}]
+        rows.append({"messages": chat} if i % 3 else {"text": f"text {i} !"})
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", vocab=257, share=0.0)
+    closed, mark = 0, found.tokenizer.token_to_id("!")
+    for step in range(3 * found.windows(24)):
+        ids, targets, segments = found.batch(step, seed=0, batch=1, context=24)
+        for last in [] if segments is None else (segments[0].diff() != 0).nonzero().flatten().tolist():
+            if ids[0, last] == mark:
+                assert targets[0, last] == found.start
+                closed += 1
+            else:  # the end token of the assistant's turn
+                assert ids[0, last] == found.start and targets[0, last] == IGNORE
+    assert closed > 10
+
+
 def test_a_text_that_goes_on_has_no_end_to_learn(tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"some words in line {i}\n" for i in range(2000)))
     found = prepare(str(tmp_path / "a.txt"), tmp_path / "out", vocab=257, share=0.2)

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 OPTIONAL = [
     "datasets", "pyarrow", "peft", "triton", "x_transformers", "psutil", "tensorboard", "trackio", "sklearn", "gymnasium",
     "torch_geometric", "gradio", "fla", "mamba_ssm", "causal_conv1d", "flash_attn", "lm_eval", "pandas", "scipy", "PIL",
+    "numba",
 ]
 
 
@@ -76,3 +77,15 @@ print("\\n".join(broken))
 """
     found = python(code)
     assert found.returncode == 0 and not found.stdout.strip(), found.stdout + found.stderr
+
+
+def test_annotations_can_be_checked_at_run_time():
+    """Every module imports under jaxtyping's hook, so that `pytest --jaxtyping-packages=seqloom,beartype.beartype` runs."""
+    code = f"""
+import importlib, jaxtyping
+with jaxtyping.install_import_hook("seqloom", "beartype.beartype"):
+    for name in {modules()!r}:
+        importlib.import_module(name)
+"""
+    found = python(code)
+    assert found.returncode == 0, found.stderr[-1500:]

@@ -40,7 +40,7 @@ def function(where: str):
     for part in parts[2:]:
         found = inspect.getattr_static(found, part)
     found = found.__func__ if isinstance(found, (classmethod, staticmethod)) else found
-    found = found.fget if isinstance(found, property) else found
+    found = found.fget if isinstance(found, property) else getattr(found, "_init_fn", found)  # of a torch custom operator
     return inspect.unwrap(found)
 
 
@@ -225,9 +225,9 @@ MISTAKES = [
     ),
     Mistake(
         "a tap reaches into another segment",
-        "kernels.short_conv._tap",
-        "tap if same is None else torch.where(same[..., j, None], tap, 0.0)",
-        "tap",
+        "kernels.short_conv.parallel",
+        "== run[:, width - 1 :, None]",
+        ">= 0",
         "linear-conv", "packing",
     ),
     Mistake(
@@ -241,8 +241,8 @@ MISTAKES = [
     Mistake(
         "the decay is shifted by one token",
         "kernels.decay_scan._weights",
-        ".triu(1).cumsum(-1)",
-        ".triu().cumsum(-1)",
+        "device=log_a.device).triu(1)",
+        "device=log_a.device).triu()",
         "gated_delta-adding", "forms_agree",
     ),
     Mistake(
@@ -255,7 +255,7 @@ MISTAKES = [
     Mistake(
         "decays between two tokens are a difference of running sums",
         "kernels.decay_scan._weights",
-        "log_a[..., None, :].expand(*log_a.shape[:-1], chunk, chunk).triu(1).cumsum(-1)",
+        "torch.where(later, log_a[..., None, :], 0.0).cumsum(-1)",
         "(log_a.cumsum(-1)[..., None, :] - log_a.cumsum(-1)[..., None])",
         "gated_delta-adding", "float32_segments",
     ),
@@ -331,6 +331,42 @@ MISTAKES = [
         "if keep.ndim == 2",
         "if True",
         "gated_delta", "float32_segments",
+    ),
+    # the diagonal and the selective scan
+    Mistake(
+        "a channel's state passes a boundary",
+        "kernels.diagonal_scan._prepare",
+        "torch.where(first, 0.0, segments.hold(a, 1.0))",
+        "segments.hold(a, 1.0)",
+        "hgrn", "packing",
+    ),
+    Mistake(
+        "a hold decays a channel's state",
+        "kernels.diagonal_scan._prepare",
+        "segments.hold(a, 1.0)",
+        "segments.hold(a, 0.5)",
+        "hgrn", "padding",
+    ),
+    Mistake(
+        "a complex gradient is not conjugated",
+        "kernels.diagonal_scan._gradients",
+        "a = a.conj().resolve_conj()",
+        "pass",
+        "hgrn", "gradient",
+    ),
+    Mistake(
+        "the write forgets its step size",
+        "kernels.selective_scan.step",
+        'held = dt[..., None] if discretise == "euler"',
+        'held = torch.ones_like(dt)[..., None] if discretise == "euler"',
+        "mamba", "forms_agree",
+    ),
+    Mistake(
+        "a selective state passes a boundary",
+        "kernels.selective_scan.parallel",
+        "torch.where(segments.starts()[..., None, None], 0.0, a)",
+        "a",
+        "mamba", "packing",
     ),
     # the long convolution of a state space
     Mistake(

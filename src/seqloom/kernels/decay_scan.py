@@ -27,7 +27,6 @@ from seqloom.core.mixer import accumulator
 from seqloom.core.segments import Segments
 from seqloom.core.state import Mixed
 
-
 SPAN = 64  # elements that a loop over states walks through, longer stretches of them side by side
 
 
@@ -109,19 +108,21 @@ def chunked(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[T
             segments: Segments | None = None, chunk: int = 64, diagonal: bool = True) -> Mixed:
     """By chunks: masked products inside, one state per chunk between. Linear in T in time and memory.
 
-    A chunk is one masked matrix product; what leaves it is one [K, V] write, and `core.scan.carry` joins these over
-    chunks. Gradients are written by hand (first order): the backward pass keeps the streams and the states between
-    chunks, and makes the C x C weights anew. `diagonal=False` leaves out each token's own write (the second direction
-    of a bidirectional pass).
+    A chunk is one masked matrix product, and one [K, V] write to the state that goes from chunk to chunk. Gradients are
+    written by hand (first order): the backward pass keeps the streams and the states between chunks, and makes the C x C
+    weights anew. `diagonal=False` leaves out each token's own write (the second direction of a bidirectional pass).
+    `chunk` is the number of tokens in a chunk; with a decay per channel it is rounded up to a power of two.
     """
     batch, tokens, groups, key = q.shape
     heads, dtype, wide = v.shape[2], v.dtype, accumulator(v.dtype)
+    shared = _sharing(groups, heads)
     vector = log_a is not None and log_a.ndim == 4
-    if tokens < chunk:
-        chunk = 1 << (tokens - 1).bit_length() if vector else tokens  # blocks are joined in pairs, so a power of two
+    chunk = tokens if tokens < chunk else chunk
+    if vector:  # blocks are joined in pairs
+        chunk = 1 << (chunk - 1).bit_length()
     extra = -tokens % chunk
-    if vector and groups < heads:  # decays differ by head inside every product, so that nothing is left to share
-        q, k, groups = _per_head(q, heads), _per_head(k, heads), heads
+    if vector and shared > 1:  # decays differ by head inside every product, so that nothing is left to share
+        q, k, groups, shared = _per_head(q, heads), _per_head(k, heads), heads, 1
     same = reads = None
     if segments is not None:
         q, k, v = segments.hold(q), segments.hold(k), segments.hold(v)
@@ -139,13 +140,13 @@ def chunked(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[T
 
     start = v.new_zeros(batch, heads, key, v.shape[-1], dtype=wide) if state is None else state.to(wide)
     start = rearrange(start, "b (g r) k v -> b g k (r v)", g=groups)
-    if vector:
-        y, new = _Channels.apply(split(q), split(k), split(v), split(log_a), start, same, reads, diagonal)
+    if log_a is not None and vector:
+        y, new, _ = _channels(split(q), split(k), split(v), split(log_a), start.contiguous(), same, reads, diagonal)
     else:
         decay = None if log_a is None else rearrange(split(log_a[..., None]), "b n g c r -> b n g r c").contiguous()
         y, new = _Heads.apply(split(q), split(k), split(v), decay, start, same, reads, diagonal)
-    y = rearrange(y, "b n g c (r v) -> b (n c) (g r) v", r=heads // groups)
-    new = rearrange(new, "b g k (r v) -> b (g r) k v", r=heads // groups)
+    y = rearrange(y, "b n g c (r v) -> b (n c) (g r) v", r=shared)
+    new = rearrange(new, "b g k (r v) -> b (g r) k v", r=shared)
     return Mixed((y[:, :tokens] if extra else y).to(dtype), new)
 
 
@@ -154,8 +155,8 @@ def bidirectional(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None = None, 
     """Both directions by two chunked passes, the second over the flipped sequence without its diagonal."""
     ahead = chunked(q, k, v, log_a, segments=segments, chunk=chunk)
     flipped = None if segments is None else flip(segments)
-    streams = (x if x is None else x.flip(1) for x in (q, k, v, log_a))
-    behind = chunked(*streams, segments=flipped, chunk=chunk, diagonal=False)
+    later = None if log_a is None else log_a.flip(1)
+    behind = chunked(q.flip(1), k.flip(1), v.flip(1), later, segments=flipped, chunk=chunk, diagonal=False)
     return Mixed(ahead.y + behind.y.flip(1))
 
 
@@ -204,20 +205,22 @@ class _Heads(torch.autograd.Function):
             v_heads, dy_heads = _by_head(v, r).contiguous(), _by_head(dy, r).contiguous()
             scores = _scores(q, k, weight, same, ctx.diagonal)
             dscores = v_heads @ dy_heads.mT
-            dv = k @ after
+            dq, dk, dv = late @ before.mT, early @ after.mT, k @ after
             dlog_a = None
-            if log_a is not None:
-                one = torch.ones(q.shape[-2], q.shape[-2], dtype=q.dtype, device=q.device)
-                # log_a_s decays the pairs j < s <= i, what is read at i >= s, what is written at j < s, and the whole
-                pairs = ((dscores * scores) @ one.tril()).triu_(1).sum(-2)
-                read = _by_head(late * (q @ before), r).sum(-1) @ one.tril()
-                write = _by_head(early * dv, r).sum(-1) @ one.triu(1)
-                over = (before * after).unflatten(-1, (r, -1)).sum((-1, -3))
-                dlog_a = pairs.add_(read).add_(write).add_((over * whole[..., 0])[..., None])
+            if ctx.needs_input_grad[3]:
+                # log_a_s decays what is read at i >= s, what is written at j < s, the whole, and the pairs j < s <= i: those
+                # that end at s or later less those that begin there, without the diagonal, which no decay reaches
+                read = q * dq if r == 1 else late * (q @ before)
+                write, over = (_by_head(x, r).sum(-1) for x in (early * dv, before * after))
+                pairs = (dscores * scores).triu_(1)
+                lower = torch.ones(q.shape[-2], q.shape[-2], dtype=q.dtype, device=q.device).tril()
+                here = lower if same is None else lower * same[:, :, None]
+                dlog_a = (pairs.sum(-2) - pairs.sum(-1) + _by_head(read, r).sum(-1)) @ here
+                dlog_a.add_(write @ (1 - lower)).add_((over.sum(-1) * whole[..., 0])[..., None])
             _by_head(_scale_(dv, until), r).add_(scores @ dy_heads)
             dscores = _masked(dscores, weight, same, ctx.diagonal).sum(3)
-            dq = (dscores.mT @ k).add_(late @ before.mT)
-            dk = (dscores @ q).add_(early @ after.mT)
+            dq.add_(dscores.mT @ k)
+            dk.add_(dscores @ q)
         return dq, dk, dv, dlog_a, dstart, None, None, None
 
 
@@ -228,13 +231,14 @@ def _weights(log_a: Tensor | None, same: Tensor | None, reads: Tensor | None,
     Source: [s4-survey] Method 12, the segment sums of SSD.
     """
     if log_a is None:
-        if same is None:
+        if same is None or reads is None:
             return None, None, None, like.new_ones(1, 1, 1, 1, 1)
         since, until = (mask[:, :, None, None].to(like.dtype) for mask in (reads, same[..., -1]))
         return None, since, until, since[..., -1:]
     chunk = log_a.shape[-1]
     # sums over s = j+1..i: nothing is subtracted, and no exponent is above 0
-    weight = log_a[..., None, :].expand(*log_a.shape[:-1], chunk, chunk).triu(1).cumsum(-1).exp_().triu_()
+    later = torch.ones(chunk, chunk, dtype=torch.bool, device=log_a.device).triu(1)
+    weight = torch.where(later, log_a[..., None, :], 0.0).cumsum(-1).exp_().triu_()
     if same is not None:
         weight = torch.where(same[:, :, None, None], weight, 0.0)
     since = log_a[..., :1].exp() * weight[..., 0, :]
@@ -244,7 +248,7 @@ def _weights(log_a: Tensor | None, same: Tensor | None, reads: Tensor | None,
 
 
 def _masked(scores: Tensor, weight: Tensor | None, same: Tensor | None, diagonal: bool) -> Tensor:
-    """scores [b n g r j i] times W, in place, with what neither causality nor a boundary lets through at 0."""
+    """Scores [b n g r j i] times W, in place: 0 where causality or a boundary forbids the pair."""
     if weight is not None:
         scores = scores.mul_(weight)
         return scores if diagonal else scores.triu_(1)
@@ -253,6 +257,7 @@ def _masked(scores: Tensor, weight: Tensor | None, same: Tensor | None, diagonal
 
 
 def _scores(q: Tensor, k: Tensor, weight: Tensor | None, same: Tensor | None, diagonal: bool) -> Tensor:
+    """A [b n g r j i]: the products of a group's queries and keys are computed once, and weighted for each of its heads."""
     scores = (k @ q.mT)[:, :, :, None]
     if weight is None:
         return _masked(scores, None, same, diagonal)
@@ -268,6 +273,7 @@ def _scale(x: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _scale_(x: Tensor, weight: Tensor | None) -> Tensor:
+    """The same in place."""
     if weight is not None:
         x.unflatten(-1, (weight.shape[3], -1)).mul_(weight.mT[..., None])
     return x
@@ -275,9 +281,8 @@ def _scale_(x: Tensor, weight: Tensor | None) -> Tensor:
 
 def _over(whole: Tensor, states: Tensor) -> Tensor:
     """whole [b n g r 1] as what multiplies states [b n g k (r v)]."""
-    r, heads = whole.shape[3], states.shape[-1]
-    row = whole.expand(*states.shape[:3], r, heads // r).flatten(-2)[..., None, :]
-    return row
+    r = whole.shape[3]
+    return whole.expand(*states.shape[:3], r, states.shape[-1] // r).flatten(-2)[..., None, :]
 
 
 def _by_head(x: Tensor, r: int) -> Tensor:
@@ -292,7 +297,9 @@ def _carry(decay: Tensor, write: Tensor, start: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _advance(decay: Tensor, h: Tensor, start: Tensor) -> None:
-    """Writes [b n ..] to states, in place: `core.scan.carry` where no gradient is traced, in a third of its time."""
+    """Writes [b n ..] become states, in place: what `core.scan.carry` does, in a third of its time, but no gradient can be
+    traced through it. Spans of elements run side by side from nothing, then their ends do, then what entered each is added.
+    """
     n = h.shape[1]
     if n <= SPAN:
         for i in range(n):
@@ -309,55 +316,78 @@ def _advance(decay: Tensor, h: Tensor, start: Tensor) -> None:
         _advance(decay[:, whole:], h[:, whole:], ends[:, -1])
 
 
-class _Channels(torch.autograd.Function):
+@torch.library.custom_op("seqloom::decay_scan_channels", mutates_args=(), schema=(
+    "(Tensor q, Tensor k, Tensor v, Tensor log_a, Tensor start, Tensor? same, Tensor? reads, bool diagonal)"
+    " -> (Tensor, Tensor, Tensor)"))
+def _channels(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, start: Tensor, same: Tensor | None, reads: Tensor | None,
+              diagonal: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Chunks [b n h c .] with one decay per key channel, which does not factor out of a product of queries and keys.
 
     Neighbouring blocks are joined again and again: a pair of tokens in two blocks that become one is weighted by the
     decays from the first token's to its block's end, kept in the keys, and from the second block's start to the second
     token, kept in the queries. Both are products of decays inside one block, and grow with it by one factor.
+    Returns y, the state after the last chunk and those before each. An operator, so that no compiler traces its many views.
     """
+    with torch.autocast(q.device.type, enabled=False):
+        scores, late, early, whole, _ = _join(q, k, log_a.exp(), diagonal)
+        if same is not None and reads is not None:
+            scores = torch.where(same[:, :, None], scores, 0.0)
+            late, early, whole = _bound(late, early, whole, same, reads)
+        before, new = _carry(whole[..., None], early.mT @ v, start)
+        return (scores @ v).add_(late @ before), new, before
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, start: Tensor, same: Tensor | None,
-                reads: Tensor | None, diagonal: bool) -> tuple[Tensor, Tensor]:
-        with torch.autocast(q.device.type, enabled=False):
-            scores, late, early, whole, _ = _join(q, k, log_a.exp(), diagonal)
-            if same is not None:
-                scores = torch.where(same[:, :, None], scores, 0.0)
-                late, early, whole = _bound(late, early, whole, same, reads)
-            before, new = _carry(whole[..., None], early.mT @ v, start)
-            y = (scores @ v).add_(late @ before)
-        ctx.save_for_backward(q, k, v, log_a, before, same, reads)
-        ctx.diagonal = diagonal
-        return y, new
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dnew: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, log_a, before, same, reads = ctx.saved_tensors
-        dy = dy.contiguous()
-        with torch.autocast(q.device.type, enabled=False):
-            a = log_a.exp()
-            scores, late, early, whole, levels = _join(q, k, a, ctx.diagonal, keep=True)
-            if same is not None:
-                scores = torch.where(same[:, :, None], scores, 0.0)
-                late, early, whole = _bound(late, early, whole, same, reads)
-            after, dstart = _carry(whole.flip(1)[..., None], (late.mT @ dy).flip(1), dnew)
-            after = after.flip(1)
-            dv = (scores.mT @ dy).add_(early @ after)
-            dscores = dy @ v.mT
-            dlate, dearly, dwhole = dy @ before.mT, v @ after.mT, (before * after).sum(-1)
-            if same is not None:
-                dscores = torch.where(same[:, :, None], dscores, 0.0)
-                dlate, dearly, dwhole = _bound(dlate, dearly, dwhole, same, reads)
-            dq, dk, da = _part(dlate, dearly, dwhole, dscores, levels)
-            da.add_(dq * q).mul_(a)
-            dq.mul_(a)
-            if ctx.diagonal:
-                own = dscores.diagonal(dim1=-2, dim2=-1)[..., None]
-                dq.addcmul_(own, k)
-                dk.addcmul_(own, q)
-        return dq, dk, dv, da, dstart, None, None, None
+@_channels.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, start: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(v), torch.empty_like(start), v.new_empty(*v.shape[:3], k.shape[-1], v.shape[-1])
+
+
+@torch.library.custom_op("seqloom::decay_scan_channels_backward", mutates_args=(), schema=(
+    "(Tensor dy, Tensor dnew, Tensor q, Tensor k, Tensor v, Tensor log_a, Tensor before, Tensor? same, Tensor? reads,"
+    " bool diagonal) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"))
+def _channels_backward(dy: Tensor, dnew: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, before: Tensor,
+                       same: Tensor | None, reads: Tensor | None,
+                       diagonal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_a and start in `_channels`."""
+    with torch.autocast(q.device.type, enabled=False):
+        a = log_a.exp()
+        scores, late, early, whole, levels = _join(q, k, a, diagonal, keep=True)
+        if same is not None and reads is not None:
+            scores = torch.where(same[:, :, None], scores, 0.0)
+            late, early, whole = _bound(late, early, whole, same, reads)
+        after, dstart = _carry(whole.flip(1)[..., None], (late.mT @ dy).flip(1), dnew)
+        after = after.flip(1)
+        dv = (scores.mT @ dy).add_(early @ after)
+        dscores = dy @ v.mT
+        dlate, dearly, dwhole = dy @ before.mT, v @ after.mT, (before * after).sum(-1)
+        if same is not None and reads is not None:
+            dscores = torch.where(same[:, :, None], dscores, 0.0)
+            dlate, dearly, dwhole = _bound(dlate, dearly, dwhole, same, reads)
+        dq, dk, da = _part(dlate, dearly, dwhole, dscores, levels)
+        da.add_(dq * q).mul_(a)
+        dq.mul_(a)
+        if diagonal:
+            own = dscores.diagonal(dim1=-2, dim2=-1)[..., None]
+            dq.addcmul_(own, k)
+            dk.addcmul_(own, q)
+        return dq, dk, dv, da, dstart
+
+
+@_channels_backward.register_fake
+def _(dy: Tensor, dnew: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return *(torch.empty_like(x) for x in (q, k, v, log_a)), torch.empty_like(dnew)
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+    q, k, v, log_a, _, same, reads, ctx.diagonal = inputs
+    ctx.save_for_backward(q, k, v, log_a, output[2], same, reads)
+
+
+def _back(ctx: Any, dy: Tensor, dnew: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return *_channels_backward(dy.contiguous(), dnew.contiguous(), *ctx.saved_tensors, ctx.diagonal), None, None, None
+
+
+_channels.register_autograd(_back, setup_context=_keep)
 
 
 def _join(q: Tensor, k: Tensor, a: Tensor, diagonal: bool, keep: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, list]:
@@ -404,17 +434,22 @@ def _corner(scores: Tensor, size: int) -> Tensor:
 def _bound(late: Tensor, early: Tensor, whole: Tensor, same: Tensor, reads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Late tokens read the incoming state, early ones write the outgoing one, and it lives on: where no boundary is between."""
     masks = reads[:, :, None, :, None], same[:, :, None, -1, :, None], reads[:, :, None, -1:]
-    return tuple(torch.where(mask, x, 0.0) for mask, x in zip(masks, (late, early, whole), strict=True))
+    late, early, whole = (torch.where(mask, x, 0.0) for mask, x in zip(masks, (late, early, whole), strict=True))
+    return late, early, whole
 
 
 def _per_head(x: Tensor, heads: int, dim: int = -2) -> Tensor:
     """The G groups of x repeated to H heads: head h takes group h // (H / G)."""
-    groups = x.shape[dim]
-    if heads == groups:
-        return x
+    shared = _sharing(x.shape[dim], heads)
+    return x if shared == 1 else x.repeat_interleave(shared, dim)
+
+
+def _sharing(groups: int, heads: int) -> int:
+    """Heads to a group."""
     if heads % groups:
-        raise ValueError(f"{groups} heads of queries and keys cannot be shared by {heads} heads of values; use a divisor of {heads}")
-    return x.repeat_interleave(heads // groups, dim)
+        raise ValueError(f"{groups} heads of queries and keys cannot be shared by {heads} heads of values; "
+                         f"use a divisor of {heads}")
+    return heads // groups
 
 
 def _same_run(segments: Segments | None, tokens: int, device: torch.device) -> Bool[Tensor, "b i j"]:

@@ -12,6 +12,7 @@ Sources: [mamba] Method 3, 4 and 9; [s4-survey] Method 9 and 12.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -31,6 +32,7 @@ Discretisation = Literal["euler", "zoh"]
 
 # States held at once, [tokens, N, E]: as many as caches hold on a CPU, and as launches are worth on another device.
 CPU_BLOCK, OTHER_BLOCK, LEAST_TOKENS = 2**20, 2**26, 32
+NATIVE_CHUNK = 16           # tokens between the states that the compiled form keeps
 LOG2_E = math.log2(math.e)  # exp2 is four times as fast as exp on x86 CPUs
 SMALL = 0.1                 # below it the derivative of phi is summed as a series, and cancels above
 
@@ -110,16 +112,40 @@ def chunked(x: Float[Tensor, "b t e"], dt: Float[Tensor, "b t e"], B: Float[Tens
     Linear in T in time and memory: states [B, T, E, N] exist a block at a time, and the backward pass makes them anew
     from the state that entered each block. First-order gradients by hand. `block` is the number of tokens in a block.
     """
-    start = _start(x, A, state)
-    keep = None
-    if segments is not None:
-        x, dt, B, C = (segments.hold(value) for value in (x, dt, B, C))
-        keep = (~segments.starts()).to(start.dtype)
     if block is None:
         most = CPU_BLOCK if x.device.type == "cpu" else OTHER_BLOCK
-        block = max(most // A.numel(), LEAST_TOKENS)
-    y, new, _ = _forward(x, dt, B, C, A.to(start.dtype), D, start, keep, discretise == "zoh", block)
-    return Mixed(y if segments is None else segments.hold(y), new)
+        block = 1 << max(most // A.numel(), LEAST_TOKENS).bit_length() - 1  # a power of two falls into whole chunks
+    kind = "exact" if discretise == "zoh" else "euler"
+    return _by_operator(x, dt, B, C, A, D, state, segments, kind, block)
+
+
+def native(x: Float[Tensor, "b t e"], dt: Float[Tensor, "b t e"], B: Float[Tensor, "b t n"], C: Float[Tensor, "b t n"], *,
+           A: Float[Tensor, "e n"], D: Float[Tensor, " e"] | None = None, state: Float[Tensor, "b e n"] | None = None,
+           segments: Segments | None = None, discretise: Discretisation = "euler") -> Mixed:
+    """By one compiled loop over tokens on the CPU (`native/selective_scan.py`); needs numba. Euler's rule only.
+
+    First-order gradients by hand; the first call in an environment compiles for some seconds.
+    """
+    if discretise != "euler":
+        raise ValueError(f"the native form has no discretise={discretise!r}; the chunked form has")
+    return _by_operator(x, dt, B, C, A, D, state, segments, "native", NATIVE_CHUNK)
+
+
+native.devices = ("cpu",)  # type: ignore[attr-defined]
+
+
+def has_native() -> bool:
+    """Whether numba is installed. Looks for it without importing it."""
+    return importlib.util.find_spec("numba") is not None
+
+
+def _by_operator(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor | None, state: Tensor | None,
+                 segments: Segments | None, kind: str, block: int) -> Mixed:
+    start = _start(x, A, state)
+    # 0 holds, 1 is real, 2 is the first of its run
+    marks = None if segments is None else segments.real.to(torch.int8) + segments.starts()
+    y, new, _ = _forward(x, dt, B, C, A.to(start.dtype), D, start, marks, kind, block)
+    return Mixed(y, new)
 
 
 def _start(x: Tensor, A: Tensor, state: Tensor | None) -> Tensor:
@@ -129,8 +155,9 @@ def _start(x: Tensor, A: Tensor, state: Tensor | None) -> Tensor:
 
 # The chunked form: one operator for the compiler, since the number of blocks depends on T ----------------------------
 
-def _blocks(batch: int, tokens: int, block: int) -> Iterator[tuple[slice, list[slice]]]:
+def _blocks(x: Tensor, block: int) -> Iterator[tuple[slice, list[slice]]]:
     """Rows that are computed together, and the blocks of their tokens: many short rows, or `block` tokens of one."""
+    batch, tokens = x.shape[:2]
     rows = max(1, block // tokens)
     spans = [slice(t, min(t + block, tokens)) for t in range(0, tokens, block)]
     return ((slice(row, min(row + rows, batch)), spans) for row in range(0, batch, rows))
@@ -142,6 +169,20 @@ def _memory(count: int, like: Tensor, A: Tensor, block: int) -> Callable[[int, t
     slots = min(batch, max(1, block // tokens)) * (min(block, tokens) + 1)
     buffers = A.new_empty(count, slots * A.numel())
     return lambda i, shape: buffers[i, : math.prod(shape)].view(shape)
+
+
+def _selected(marks: Tensor | None, wide: torch.dtype, *streams: Tensor) -> tuple[Tensor, ...]:
+    """The streams [r, t, .] in `wide`, 0 where tokens hold."""
+    streams = tuple(value.to(wide) for value in streams)
+    held = None if marks is None else marks == 0
+    if held is None or (held.device.type == "cpu" and not bool(held.any())):
+        return streams
+    return tuple(torch.where(held[..., None], 0.0, value) for value in streams)
+
+
+def _survives(marks: Tensor | None, wide: torch.dtype) -> Tensor | None:
+    """A factor of the decays [r, t]: 0 at boundaries, else 1; None without any."""
+    return None if marks is None else (marks != 2).to(wide)
 
 
 def _decays(dt: Tensor, A: Tensor, keep: Tensor | None, out: Tensor) -> Tensor:
@@ -172,33 +213,39 @@ def _phi(dt: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("seqloom::selective_scan", mutates_args=(), schema=(
-    "(Tensor x, Tensor dt, Tensor B, Tensor C, Tensor A, Tensor? D, Tensor start, Tensor? keep, bool zoh, SymInt block)"
+    "(Tensor x, Tensor dt, Tensor B, Tensor C, Tensor A, Tensor? D, Tensor start, Tensor? marks, str kind, SymInt block)"
     " -> (Tensor, Tensor, Tensor)"))
-def _forward(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor | None, start: Tensor, keep: Tensor | None,
-             zoh: bool, block: int) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor | None, start: Tensor, marks: Tensor | None,
+             kind: str, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """y [B, T, E], the last state [B, E, N], and the states [K, B, N, E] that enter the K blocks.
 
     Inside, states are [r, t, N, E] with the channels innermost, r rows of t tokens: long inner loops, and a readout that
     is a product with one row.
     """
     wide, A = A.dtype, A.mT.contiguous()
+    if kind == "native":
+        from seqloom.kernels.native import selective_scan as compiled  # lazy: numba is optional
+
+        y, new, entering = compiled.forward(x, dt, B, C, A, D, start.mT, marks, block)
+        return y, new.mT.contiguous(), entering
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     new = torch.empty(start.shape, dtype=wide, device=x.device)
     entering = start.new_empty(-(-x.shape[1] // block), x.shape[0], *A.shape)
     borrow = _memory(2, x, A, block)
     with torch.autocast(x.device.type, enabled=False):
-        for rows, spans in _blocks(*x.shape[:2], block):
+        for rows, spans in _blocks(x, block):
             last = start[rows].mT.contiguous()
             for k, span in enumerate(spans):
                 entering[k, rows] = last
-                x_in, step, B_in, C_in = (value[rows, span].to(wide) for value in (x, dt, B, C))
-                keep_in = None if keep is None else keep[rows, span]
+                marks_in = None if marks is None else marks[rows, span]
+                x_in, step, B_in, C_in = _selected(marks_in, wide, *(value[rows, span] for value in (x, dt, B, C)))
+                keep = _survives(marks_in, wide)
                 shape = (*x_in.shape[:2], *A.shape)
-                decay, h = _decays(step, A, keep_in, borrow(0, shape)), borrow(1, shape)
+                decay, h = _decays(step, A, keep, borrow(0, shape)), borrow(1, shape)
                 torch.mul((step * x_in)[:, :, None], B_in[..., None], out=h)
-                if zoh:
+                if kind == "exact":
                     h.mul_(_phi(step, A)[0])
-                advance(decay, h, last, whole=_over(step, A, keep_in))
+                advance(decay, h, last, whole=_over(step, A, keep))
                 y_in = (C_in[:, :, None] @ h)[:, :, 0]
                 y[rows, span] = y_in if D is None else y_in.addcmul_(x_in, D.to(wide))
                 last = h[:, -1].clone()
@@ -207,53 +254,61 @@ def _forward(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor |
 
 
 @torch.library.custom_op("seqloom::selective_scan_backward", mutates_args=(), schema=(
-    "(Tensor dy, Tensor? dnew, Tensor x, Tensor dt, Tensor B, Tensor C, Tensor A, Tensor? D, Tensor entering, Tensor? keep,"
-    " bool zoh, SymInt block) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
+    "(Tensor dy, Tensor? dnew, Tensor x, Tensor dt, Tensor B, Tensor C, Tensor A, Tensor? D, Tensor entering, Tensor? marks,"
+    " str kind, SymInt block) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
 def _backward(dy: Tensor, dnew: Tensor | None, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, D: Tensor | None,
-              entering: Tensor, keep: Tensor | None, zoh: bool, block: int) -> tuple[Tensor, ...]:
+              entering: Tensor, marks: Tensor | None, kind: str, block: int) -> tuple[Tensor, ...]:
     """Gradients of x, dt, B, C, A, D [E] (0 without one) and of the state at the start.
 
     With g the gradient of h and z = dt A: g_t = C_t dy_t + a_{t+1} g_{t+1}; dz_t = g_t a_t h_{t-1}, and what is written
     has the gradient g_t.
     """
     wide, A = A.dtype, A.mT.contiguous()
+    if kind == "native":
+        from seqloom.kernels.native import selective_scan as compiled
+
+        late = torch.zeros_like(entering[0]) if dnew is None else dnew.mT
+        *grads, dA, dD, dstart = compiled.backward(dy, late, x, dt, B, C, A, D, entering, marks, block)
+        return *grads, dA.mT.contiguous(), dD, dstart.mT.contiguous()
     dx, ddt, dB, dC = (torch.empty(value.shape, dtype=value.dtype, device=x.device) for value in (x, dt, B, C))
     dA, dD, dstart = torch.zeros_like(A), A.new_zeros(A.shape[1]), A.new_empty(x.shape[0], *A.mT.shape)
     borrow = _memory(3, x, A, block)
     with torch.autocast(x.device.type, enabled=False):
-        for rows, spans in _blocks(*x.shape[:2], block):
+        for rows, spans in _blocks(x, block):
             late = torch.zeros_like(entering[0, rows]) if dnew is None else dnew[rows].mT.contiguous()
             for k, span in reversed(list(enumerate(spans))):
-                x_in, step, B_in, C_in, dy_in = (value[rows, span].to(wide) for value in (x, dt, B, C, dy))
-                keep_in = None if keep is None else keep[rows, span]
+                marks_in = None if marks is None else marks[rows, span]
+                x_in, step, B_in, C_in, dy_in = _selected(marks_in, wide, *(value[rows, span] for value in (x, dt, B, C, dy)))
+                keep = _survives(marks_in, wide)
                 written, (r, t) = step * x_in, x_in.shape[:2]
-                decay, g = _decays(step, A, keep_in, borrow(0, (r, t, *A.shape))), borrow(1, (r, t, *A.shape))
+                decay, g = _decays(step, A, keep, borrow(0, (r, t, *A.shape))), borrow(1, (r, t, *A.shape))
                 states = borrow(2, (r, t + 1, *A.shape))
                 states[:, 0] = entering[k, rows]
                 before, h = states[:, :-1], states[:, 1:]
                 torch.mul(written[:, :, None], B_in[..., None], out=h)
-                if zoh:
+                if kind == "exact":
                     phi, slope = _phi(step, A)
-                    slope.mul_(h)
+                    slope.mul_(h)  # how much more is written for a larger z
                     h.mul_(phi)
-                advance(decay, h, states[:, 0], whole=_over(step, A, keep_in))
+                advance(decay, h, states[:, 0], whole=_over(step, A, keep))
                 torch.mul(C_in[..., None], dy_in[:, :, None], out=g)
                 g[:, -1] += late
                 if t > 1:
-                    over = _over(step[:, 1:], A, None if keep is None else keep_in[:, 1:])
+                    over = _over(step[:, 1:], A, None if keep is None else keep[:, 1:])
                     advance(decay[:, 1:], g[:, :-1], g[:, -1], reverse=True, whole=over)
                 dC[rows, span] = (dy_in[:, :, None] @ h.mT)[:, :, 0]
-                own = g * phi if zoh else g
+                own = g * phi if kind == "exact" else g
                 dB[rows, span] = (written[:, :, None] @ own.mT)[:, :, 0]
                 dwritten = (B_in[:, :, None] @ own)[:, :, 0]
-                dz_own = slope.mul_(g) if zoh else None
+                if kind == "exact":
+                    slope.mul_(g)
                 dz = g.mul_(decay)
                 late = dz[:, 0].clone()
                 dz.mul_(before)
-                if zoh:
-                    dz.add_(dz_own)
+                if kind == "exact":
+                    dz.add_(slope)
                 torch.mul(dz, A, out=decay)
-                ddt[rows, span] = decay.sum(2).addcmul_(dwritten, x_in)
+                (ddt[rows, span],) = _selected(marks_in, wide, decay.sum(2).addcmul_(dwritten, x_in))
                 dA += dz.mul_(step[:, :, None]).sum((0, 1))
                 dx_in = dwritten.mul_(step)
                 if D is not None:
@@ -265,30 +320,30 @@ def _backward(dy: Tensor, dnew: Tensor | None, x: Tensor, dt: Tensor, B: Tensor,
 
 
 @_forward.register_fake
-def _(x, dt, B, C, A, D, start, keep, zoh, block):
+def _(x, dt, B, C, A, D, start, marks, kind, block):
     blocks = (x.shape[1] + block - 1) // block
     return x.new_empty(x.shape), start.new_empty(start.shape), start.new_empty(blocks, x.shape[0], *A.mT.shape)
 
 
 @_backward.register_fake
-def _(dy, dnew, x, dt, B, C, A, D, entering, keep, zoh, block):
+def _(dy, dnew, x, dt, B, C, A, D, entering, marks, kind, block):
     like = (x, dt, B, C, A)
     return (*(v.new_empty(v.shape) for v in like), A.new_empty(A.shape[0]), A.new_empty(x.shape[0], *A.shape))
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, dt, B, C, A, D, _, keep, ctx.zoh, ctx.block = inputs
-    ctx.save_for_backward(x, dt, B, C, A, D, output[2], keep)
+    x, dt, B, C, A, D, _, marks, ctx.kind, ctx.block = inputs
+    ctx.save_for_backward(x, dt, B, C, A, D, output[2], marks)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, dnew: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    x, *others, D, entering, keep = ctx.saved_tensors
+    x, *others, D, entering, marks = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
-    *grads, dA, dD, dstart = _backward(dy, dnew, x, *others, D, entering, keep, ctx.zoh, ctx.block)
+    *grads, dA, dD, dstart = _backward(dy, dnew, x, *others, D, entering, marks, ctx.kind, ctx.block)
     return *grads, dA, None if D is None else dD.to(D.dtype), dstart, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
 
-__all__ = ["Discretisation", "chunked", "matrix", "parallel", "recurrent", "step"]
+__all__ = ["Discretisation", "chunked", "has_native", "matrix", "native", "parallel", "recurrent", "step"]

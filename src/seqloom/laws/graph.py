@@ -18,7 +18,7 @@ BUCKET = (70, 83, 97, 111, 126)  # lengths of one bucket: as many chunks of 64 a
 def one_graph(case: Case, device: str) -> Iterator[Measure]:
     """One compiled graph, no graph break, and no recompilation over 5 lengths of a bucket or 5 steps of decoding.
 
-    The automatic form, traced for training with dynamic lengths and run as traced: what a backend makes of a graph is
+    The automatic form, traced for training with a dynamic length and run as traced: what a backend makes of a graph is
     its own affair.
     """
     if hasattr(build, "__wrapped__"):
@@ -27,9 +27,11 @@ def one_graph(case: Case, device: str) -> Iterator[Measure]:
     ids = patterns(max(BUCKET), device)
     torch._dynamo.reset()  # what other cases compiled counts towards its limit
     counted = Counter()
-    run = counted.compile(lambda x, ids: layer(x, info=info(ids))[:2], dynamic=True)
+    run = counted.compile(lambda x, ids: layer(x, info=info(ids))[:2])
     for tokens in BUCKET:
         part, part_ids = x[:, :tokens].clone().requires_grad_(), ids[:, :tokens].clone()
+        for value in (part, part_ids):
+            torch._dynamo.maybe_mark_dynamic(value, 1)
         got, want = run(part, part_ids)[0], layer(part, info=info(part_ids)).y
         yield Measure(f"T={tokens}, compiled against eager", gap(got, want), 1e-12)
         slopes = [torch.autograd.grad((y * part.detach()).sum(), part)[0] for y in (got, want)]
@@ -39,7 +41,7 @@ def one_graph(case: Case, device: str) -> Iterator[Measure]:
         if not case.spec.streams:
             return
         counted = Counter()
-        step = counted.compile(lambda x, state: layer(x, state=state, donate=True)[:2], dynamic=None)
+        step = counted.compile(lambda x, state: layer(x, state=state, donate=True)[:2])
         state, eager = layer.init_state(5, capacity=12), layer.init_state(5, capacity=12)
         for t in range(5):
             y, state = step(x[:, t : t + 1].clone(), state)
@@ -54,8 +56,8 @@ class Counter:
     def __init__(self) -> None:
         self.graphs = 0
 
-    def compile(self, function: Callable, dynamic: bool | None) -> Callable:
-        return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=self)
+    def compile(self, function: Callable) -> Callable:
+        return torch.compile(function, fullgraph=True, backend=self)
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Callable:
         self.graphs += 1

@@ -27,6 +27,8 @@ from seqloom.kernels import selective_scan
 from seqloom.parts import ShortConv
 
 FORMS = {"recurrent": selective_scan.recurrent, "chunked": selective_scan.chunked, "parallel": selective_scan.parallel}
+# compiled for the CPU where numba is installed (pip install 'seqloom[native]'), for Euler's rule
+NATIVE = {**FORMS, "native": selective_scan.native} if selective_scan.has_native() else FORMS
 Stream = Literal["dt", "B", "C"]
 
 
@@ -45,8 +47,8 @@ class Mamba(Spec):
     selective: tuple[Stream, ...] = ("dt", "B", "C")
     discretise: selective_scan.Discretisation = "euler"  # of the write; "zoh" is exact for a held input
 
-    forms: ClassVar[dict] = FORMS
     key: ClassVar[str] = "mamba"
+    prefer: ClassVar[tuple[str, ...]] = ("fused", "native", "chunked", "parallel")
     equation: ClassVar[str] = "h_t = exp(dt_t A) h_{t-1} + (dt_t x_t) B_t;  y_t = h_t C_t + D x_t"
     source: ClassVar[str] = "mamba"
     examples: ClassVar[dict] = {
@@ -65,6 +67,10 @@ class Mamba(Spec):
                              "use for example 0.001, 0.1")
         if min(self.state, self.expand, self.conv, self.dt_rank or 1) < 1:
             raise ValueError("Mamba: state, expand, conv and dt_rank are sizes of at least 1")
+
+    @property
+    def forms(self) -> dict:
+        return NATIVE if self.discretise == "euler" else FORMS
 
     def build(self, ctx: BuildContext) -> MambaLayer:
         return MambaLayer(self, ctx)
@@ -104,8 +110,11 @@ class MambaLayer(Mixer):
         x, z = self.in_proj(x).chunk(2, -1)
         x, tail, _ = self.conv1d(x, None if cells is None else cells.tail, place.segments)
         dt, B, C = self._maps(x)
-        # the bias is added in the accumulator's dtype: it spans two decades and softplus is steep there
-        dt = F.softplus(F.linear(dt, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide))
+        if dt.dtype == wide or type(self.dt_proj) is not nn.Linear:  # adapters replace the module
+            dt = self.dt_proj(dt).to(wide)
+        else:  # the bias is added after rounding: a step of 1e-3 is a softplus of -7, where bfloat16 has one digit
+            dt = F.linear(dt, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide)
+        dt = F.softplus(dt)
         y, hidden, _ = self.run(
             x, dt.expand(*x.shape), B, C, A=-self.A_log.to(wide).exp(), D=self.D, state=None if cells is None else cells.hidden,
             segments=place.segments, discretise=self.spec.discretise,

@@ -94,11 +94,11 @@ class Mamba2Layer(Mixer):
         inner, shared = spec.expand * ctx.dim, spec.groups * spec.state
         if inner % spec.head_dim:
             nearest = math.gcd(inner, spec.head_dim)
-            raise ValueError(f"Mamba2: inner width {inner} does not split into heads of {spec.head_dim}; head_dim={nearest} does")
+            raise ValueError(f"Mamba2: inner width {inner} is not made of heads of {spec.head_dim}; head_dim={nearest} fits")
         self.heads = inner // spec.head_dim
         if self.heads % spec.groups:
             nearest = math.gcd(self.heads, spec.groups)
-            raise ValueError(f"Mamba2: {self.heads} heads do not split into {spec.groups} groups; groups={nearest} does")
+            raise ValueError(f"Mamba2: {self.heads} heads do not split into {spec.groups} groups; groups={nearest} fits")
         self.widths = (inner, inner + 2 * shared, self.heads)
         self.in_proj = linear(ctx.dim, sum(self.widths), bias=spec.bias)
         self.conv1d = ShortConv(inner + 2 * shared, spec.conv, bias=spec.conv_bias)

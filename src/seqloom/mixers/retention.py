@@ -61,8 +61,6 @@ class Cells(NamedTuple):
 
 
 class RetentionLayer(Mixer):
-    uses = frozenset({"segments", "positions"})
-
     def __init__(self, spec: Retention, ctx: BuildContext):
         super().__init__(spec)
         heads = spec.heads
@@ -70,7 +68,9 @@ class RetentionLayer(Mixer):
         head = 0 if spec.key_dim and spec.value_dim else split(ctx.dim, heads, "Retention")
         self.key, self.value = spec.key_dim or head, spec.value_dim or head
         self.widths = (2 * heads * self.key, heads * self.value)
-        self.rope = Rope(self.key, theta=spec.theta) if spec.position == "rope" else None
+        self.rope = None
+        if spec.position == "rope":
+            self.rope, self.uses = Rope(self.key, theta=spec.theta), self.uses | {"positions"}
         self.qkv = linear(ctx.dim, sum(self.widths))
         self.g_proj = linear(ctx.dim, heads * self.value) if spec.gate == "silu" else None
         self.o_norm = (RMSNorm if self.g_proj is None else GatedRMSNorm)(self.value)

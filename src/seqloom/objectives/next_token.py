@@ -85,12 +85,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 keep = wanted != IGNORE
                 index = torch.where(keep, wanted, 0)[:, None]
                 scores = (rows @ table.T).to(wide)
-                log_sum = scores.logsumexp(-1, keepdim=True)
+                # log sum exp from the softmax, which the gradient needs anyway: its largest entry is at least 1 / V
+                share = torch.softmax(scores, -1)
+                log_sum = scores.amax(-1, keepdim=True) - share.amax(-1, keepdim=True).log()
                 total += torch.where(keep, (log_sum - scores.gather(1, index))[:, 0], 0.0).sum()
                 if wants_hidden or wants_weight:
-                    slope = scores.sub_(log_sum).exp_().scatter_add_(1, index, torch.full_like(log_sum, -1.0))
-                    # a selection: what stands at a row that is not asked, NaN included, moves nothing
-                    slope = torch.where(keep[:, None], slope, 0.0).to(hidden.dtype)
+                    # selections: what stands at a row that is not asked, NaN included, moves nothing
+                    slope = share.scatter_add_(1, index, torch.full_like(log_sum, -1.0)).masked_fill_(~keep[:, None], 0.0)
+                    slope = slope.to(hidden.dtype)
                     if wants_hidden:
                         dhidden[start : start + chunk] = slope @ table
                     if wants_weight:

@@ -69,11 +69,15 @@ def train(config: TrainConfig, *, spec: SequenceModel | None = None, corpus: Cor
         config, spec, facts = _resume(config)
     accelerator = _accelerator(config)
     out = config.out
+    if spec is None:
+        resolve(config.model, vocab=config.vocab, changes=config.set)  # mistakes in it come before data are read
+    if not accelerator.is_main_process:
+        say = lambda text: None  # noqa: E731
     with accelerator.main_process_first():
         if facts is None and accelerator.is_main_process:
             _claim(out)
         if corpus is None:
-            corpus = _corpus(config, facts, say if accelerator.is_main_process else lambda text: None)
+            corpus = _corpus(config, facts, say)
     corpus.windows(config.context)
     spec = spec or resolve(config.model, vocab=corpus.vocab, changes=config.set)
     if not spec.stack.causal:
@@ -177,12 +181,11 @@ class _Run:
         steps = broadcast_object_list([steps])[0]  # that of the first process, for all
         parameters = sum(p.numel() for p in self.model.parameters())
         tokens = config.batch * config.context
-        if accelerator.is_main_process:
-            say(
-                f"{parameters:,} parameters; {steps:,} steps of {config.batch} x {config.context} tokens "
-                f"({steps * tokens / max(len(self.corpus.train), 1):.2f} epochs of {len(self.corpus.train):,}); "
-                f"about {clock(each * steps)} at {tokens / each:,.0f} tokens/s; memory about {memory():,.0f} MB"
-            )
+        say(
+            f"{parameters:,} parameters; {steps:,} steps of {config.batch} x {config.context} tokens "
+            f"({steps * tokens / max(len(self.corpus.train), 1):.2f} epochs of {len(self.corpus.train):,}); "
+            f"about {clock(each * steps)} at {tokens / each:,.0f} tokens/s; memory about {memory():,.0f} MB"
+        )
         return steps
 
     def steps(self, start: int, facts: dict[str, Any], progress: bool) -> tuple[list[tuple[int, float]], float, int]:
@@ -285,7 +288,12 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     shared = AcceleratorState._shared_state
     if shared and shared.get("_mixed_precision") != config.precision:
         AcceleratorState._reset_state()  # an earlier run of this process had another precision
-    accelerator = Accelerator(mixed_precision=config.precision)
+    try:
+        accelerator = Accelerator(mixed_precision=config.precision)
+    except ValueError as error:  # half precision where the device has none
+        raise BadInput(f"--precision {config.precision}: {error}") from error
+    if config.precision == "fp16" and accelerator.scaler is None:  # accelerate would go on in float32 without a word
+        raise BadInput(f"--precision fp16 needs a GPU, and this run is on {accelerator.device.type}; bf16 runs anywhere")
     kind = accelerator.distributed_type
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise BadInput("sharding needs fsdp_version 2 in accelerate's configuration, not 1")
