@@ -30,8 +30,12 @@ def streams():
     rand = lambda *shape: torch.randn(*shape, generator=make)  # noqa: E731
     unit = lambda x: torch.nn.functional.normalize(x, dim=-1)  # noqa: E731
     return {
-        "q": rand(B, T, H, K), "k": unit(rand(B, T, H, K)), "v": rand(B, T, H, V), "beta": rand(B, T, H).sigmoid(),
-        "head": torch.nn.functional.logsigmoid(rand(B, T, H)), "channel": torch.nn.functional.logsigmoid(rand(B, T, H, K)),
+        "q": rand(B, T, H, K),
+        "k": unit(rand(B, T, H, K)),
+        "v": rand(B, T, H, V),
+        "beta": rand(B, T, H).sigmoid(),
+        "head": torch.nn.functional.logsigmoid(rand(B, T, H)),
+        "channel": torch.nn.functional.logsigmoid(rand(B, T, H, K)),
         "state": rand(B, H, K, V),
     }
 
@@ -53,7 +57,8 @@ def test_gated_delta_rule(streams):
     q, k, v, beta, g = (streams[name] for name in ("q", "k", "v", "beta", "head"))
     got = delta_scan.chunked(q / math.sqrt(K), k, v, beta, g, state=streams["state"].clone())
     want, state = naive("gated_delta_rule").naive_recurrent_gated_delta_rule(
-        q=q, k=k, v=v, beta=beta, g=g, initial_state=streams["state"].clone(), output_final_state=True)
+        q=q, k=k, v=v, beta=beta, g=g, initial_state=streams["state"].clone(), output_final_state=True
+    )
     torch.testing.assert_close(got.y, want, **TOLERANCE)
     torch.testing.assert_close(got.state, state, **TOLERANCE)
 
@@ -61,7 +66,9 @@ def test_gated_delta_rule(streams):
 def test_gated_linear_attention(streams):
     q, k, v, g = (streams[name] for name in ("q", "k", "v", "channel"))
     got = decay_scan.chunked(q / math.sqrt(K), k, v, g, state=streams["state"].clone())
-    want, state = naive("gla").naive_recurrent_gla(q=q, k=k, v=v, gk=g, initial_state=streams["state"].clone(), output_final_state=True)
+    want, state = naive("gla").naive_recurrent_gla(
+        q=q, k=k, v=v, gk=g, initial_state=streams["state"].clone(), output_final_state=True
+    )
     torch.testing.assert_close(got.y, want, **TOLERANCE)
     torch.testing.assert_close(got.state, state, **TOLERANCE)
 
@@ -70,7 +77,8 @@ def test_decay_per_head(streams):
     q, k, v, g = (streams[name] for name in ("q", "k", "v", "head"))
     got = decay_scan.chunked(q / math.sqrt(K), k, v, g, state=streams["state"].clone())
     want, state = naive("simple_gla").naive_recurrent_simple_gla(
-        q=q, k=k, v=v, g=g, initial_state=streams["state"].clone(), output_final_state=True)
+        q=q, k=k, v=v, g=g, initial_state=streams["state"].clone(), output_final_state=True
+    )
     torch.testing.assert_close(got.y, want, **TOLERANCE)
     torch.testing.assert_close(got.state, state, **TOLERANCE)
 

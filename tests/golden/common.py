@@ -40,7 +40,7 @@ def unit(x, eps=1e-6):
 
 def short_conv(x, weight, bias=None):
     """y_t[d] = sum_j weight[d, j] x_{t - width + 1 + j}[d], zeros before the first token; x [T, D]."""
-    tokens, dim = x.shape
+    tokens = len(x)
     width = weight.shape[1]
     y = np.zeros_like(x)
     for t in range(tokens):
@@ -54,4 +54,6 @@ def short_conv(x, weight, bias=None):
 def write(key, settings, x, y, parameters):
     arrays = {"x": x, "y": y, **{f"layer.{name}": value for name, value in parameters.items()}}
     arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
-    save_file(arrays, Path(__file__).with_name(f"{key}.safetensors"), metadata={"settings": json.dumps(settings), "dim": str(DIM)})
+    save_file(
+        arrays, Path(__file__).with_name(f"{key}.safetensors"), metadata={"settings": json.dumps(settings), "dim": str(DIM)}
+    )

@@ -32,8 +32,11 @@ def make(key, seed, *, decay, gate):
                     out = out * silu(w_g[h * V : (h + 1) * V] @ x[b, t])
                 y[b, t] += w_o[:, h * V : (h + 1) * V] @ out
     parameters = {
-        "qkv.weight": np.concatenate(list(w.values())), "conv.weight": np.concatenate(list(taps.values())),
-        "b_proj.weight": w_b, "o_norm.weight": scale, "o_proj.weight": w_o,
+        "qkv.weight": np.concatenate(list(w.values())),
+        "conv.weight": np.concatenate(list(taps.values())),
+        "b_proj.weight": w_b,
+        "o_norm.weight": scale,
+        "o_proj.weight": w_o,
     }
     parameters |= {"a_proj.weight": w_a, "A_log": a_log, "dt_bias": dt_bias} if decay else {}
     parameters |= {"g_proj.weight": w_g} if gate else {}

@@ -21,7 +21,18 @@ for b in range(BATCH):
             state = decay[:, None] * state + np.outer((w_k @ u)[rows], (w_v @ u)[h * V : (h + 1) * V])
             out = rms_norm(state.T @ (w_q @ u)[rows] / np.sqrt(K), scale, 1e-6) * silu((w_g @ u)[h * V : (h + 1) * V])
             y[b, t] += w_o[:, h * V : (h + 1) * V] @ out
-write("gated_linear", dict(heads=HEADS, key_dim=K, value_dim=V, gate_rank=RANK, tau=TAU), x, y, {
-    "qkv.weight": np.concatenate([w_q, w_k, w_v]), "a_proj.0.weight": down, "a_proj.1.weight": up, "a_proj.1.bias": bias,
-    "g_proj.weight": w_g, "o_norm.weight": scale, "o_proj.weight": w_o,
-})
+write(
+    "gated_linear",
+    dict(heads=HEADS, key_dim=K, value_dim=V, gate_rank=RANK, tau=TAU),
+    x,
+    y,
+    {
+        "qkv.weight": np.concatenate([w_q, w_k, w_v]),
+        "a_proj.0.weight": down,
+        "a_proj.1.weight": up,
+        "a_proj.1.bias": bias,
+        "g_proj.weight": w_g,
+        "o_norm.weight": scale,
+        "o_proj.weight": w_o,
+    },
+)

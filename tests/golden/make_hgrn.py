@@ -19,7 +19,22 @@ for b in range(BATCH):
         u = silu(w_g @ x[b, t] + b_g) * np.concatenate([h.real, h.imag])
         u = (u - u.mean()) / np.sqrt(u.var() + 1e-5) * scale + shift
         y[b, t] = w_o @ u + b_o
-write("hgrn", {}, x, y, {
-    "i_proj.weight": w_i, "i_proj.bias": b_i, "f_proj.weight": w_f, "f_proj.bias": b_f, "g_proj.weight": w_g, "g_proj.bias": b_g,
-    "theta": theta, "g_norm.weight": scale, "g_norm.bias": shift, "o_proj.weight": w_o, "o_proj.bias": b_o,
-})
+write(
+    "hgrn",
+    {},
+    x,
+    y,
+    {
+        "i_proj.weight": w_i,
+        "i_proj.bias": b_i,
+        "f_proj.weight": w_f,
+        "f_proj.bias": b_f,
+        "g_proj.weight": w_g,
+        "g_proj.bias": b_g,
+        "theta": theta,
+        "g_norm.weight": scale,
+        "g_norm.bias": shift,
+        "o_proj.weight": w_o,
+        "o_proj.bias": b_o,
+    },
+)

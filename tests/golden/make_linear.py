@@ -22,5 +22,10 @@ for b in range(BATCH):
                 bottom += weight
             heads.append(top / bottom)
         y[b, t] = w_o @ np.concatenate(heads)
-write("linear", dict(heads=HEADS, key_dim=K, value_dim=V), x, y,
-      {"qkv.weight": np.concatenate([w_q, w_k, w_v]), "out.weight": w_o})
+write(
+    "linear",
+    dict(heads=HEADS, key_dim=K, value_dim=V),
+    x,
+    y,
+    {"qkv.weight": np.concatenate([w_q, w_k, w_v]), "out.weight": w_o},
+)

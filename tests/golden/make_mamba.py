@@ -25,7 +25,20 @@ for b in range(BATCH):
                 state[e, n] = np.exp(-dt[e] * np.exp(a_log[e, n])) * state[e, n] + dt[e] * B[n] * inner[t, e]
             out[t, e] = state[e] @ C + skip[e] * inner[t, e]
     y[b] = (out * silu(z)) @ w_out.T
-write("mamba", dict(state=N, conv=WIDTH, dt_rank=RANK), x, y, {
-    "in_proj.weight": w_in, "conv1d.weight": taps, "conv1d.bias": bias, "x_proj.weight": w_x, "dt_proj.weight": w_dt,
-    "dt_proj.bias": b_dt, "A_log": a_log, "D": skip, "out_proj.weight": w_out,
-})
+write(
+    "mamba",
+    dict(state=N, conv=WIDTH, dt_rank=RANK),
+    x,
+    y,
+    {
+        "in_proj.weight": w_in,
+        "conv1d.weight": taps,
+        "conv1d.bias": bias,
+        "x_proj.weight": w_x,
+        "dt_proj.weight": w_dt,
+        "dt_proj.bias": b_dt,
+        "A_log": a_log,
+        "D": skip,
+        "out_proj.weight": w_out,
+    },
+)

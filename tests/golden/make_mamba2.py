@@ -26,7 +26,19 @@ for b in range(BATCH):
             state = np.exp(-dt[t, h] * np.exp(a_log[h])) * state + dt[t, h] * np.outer(inner[t, rows], B[t])
             out[t, rows] = state @ C[t] + skip[h] * inner[t, rows]
     y[b] = rms_norm(out * silu(z), scale, 1e-5) @ w_out.T
-write("mamba2", dict(state=N, head_dim=P, conv=WIDTH), x, y, {
-    "in_proj.weight": w_in, "conv1d.weight": taps, "conv1d.bias": bias, "dt_bias": dt_bias, "A_log": a_log, "D": skip,
-    "norm.weight": scale, "out_proj.weight": w_out,
-})
+write(
+    "mamba2",
+    dict(state=N, head_dim=P, conv=WIDTH),
+    x,
+    y,
+    {
+        "in_proj.weight": w_in,
+        "conv1d.weight": taps,
+        "conv1d.bias": bias,
+        "dt_bias": dt_bias,
+        "A_log": a_log,
+        "D": skip,
+        "norm.weight": scale,
+        "out_proj.weight": w_out,
+    },
+)

@@ -28,6 +28,15 @@ for b in range(BATCH):
                 out += gamma ** (t - s) * (q @ k) * (w_v @ x[b, s])[h * V : (h + 1) * V]
             out = rms_norm(out, scale, 1e-6) * silu((w_g @ x[b, t])[h * V : (h + 1) * V])
             y[b, t] += w_o[:, h * V : (h + 1) * V] @ out
-write("retention", dict(heads=HEADS, key_dim=K, value_dim=V), x, y, {
-    "qkv.weight": np.concatenate([w_q, w_k, w_v]), "g_proj.weight": w_g, "o_norm.weight": scale, "o_proj.weight": w_o,
-})
+write(
+    "retention",
+    dict(heads=HEADS, key_dim=K, value_dim=V),
+    x,
+    y,
+    {
+        "qkv.weight": np.concatenate([w_q, w_k, w_v]),
+        "g_proj.weight": w_g,
+        "o_norm.weight": scale,
+        "o_proj.weight": w_o,
+    },
+)

@@ -27,6 +27,18 @@ for b in range(BATCH):
     for t in range(TOKENS):
         out = w @ gelu(inner[t]) + bias
         y[b, t] = out[:DIM] * sigmoid(out[DIM:])
-write("s4d", dict(state=N), x, y, {
-    "log_dt": log_dt, "log_A_real": log_a_real, "A_imag": a_imag, "C": c, "D": skip, "out.weight": w, "out.bias": bias,
-})
+write(
+    "s4d",
+    dict(state=N),
+    x,
+    y,
+    {
+        "log_dt": log_dt,
+        "log_A_real": log_a_real,
+        "A_imag": a_imag,
+        "C": c,
+        "D": skip,
+        "out.weight": w,
+        "out.bias": bias,
+    },
+)

@@ -34,5 +34,10 @@ for b in range(BATCH):
             p = np.exp(np.array(scores) - max(scores))
             heads.append((p / p.sum()) @ np.array(values))
         y[b, t] = w_o @ np.concatenate(heads)
-write("softmax", dict(heads=HEADS, kv_heads=GROUPS, head_dim=K, window=WINDOW), x, y,
-      {"qkv.weight": np.concatenate([w_q, w_k, w_v]), "out.weight": w_o})
+write(
+    "softmax",
+    dict(heads=HEADS, kv_heads=GROUPS, head_dim=K, window=WINDOW),
+    x,
+    y,
+    {"qkv.weight": np.concatenate([w_q, w_k, w_v]), "out.weight": w_o},
+)

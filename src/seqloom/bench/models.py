@@ -19,8 +19,11 @@ from seqloom.study.fit import count_parameters
 VOCAB = 256
 
 
-def step_of(model: nn.Module, ids: torch.Tensor, logits: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> Callable[[], None]:
+def step_of(
+    model: nn.Module, ids: torch.Tensor, logits: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+) -> Callable[[], None]:
     """One forward and backward pass, gradients cleared."""
+
     def step() -> None:
         model.zero_grad(set_to_none=True)
         scores = logits(model, ids)
@@ -37,8 +40,15 @@ def transformers_llama(layers: int = 4) -> tuple[nn.Module, Callable]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=256, intermediate_size=688, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=16384, tie_word_embeddings=True, use_cache=False,
+        vocab_size=VOCAB,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=16384,
+        tie_word_embeddings=True,
+        use_cache=False,
     )
     return LlamaForCausalLM(config), lambda model, ids: model(ids).logits
 
@@ -47,8 +57,22 @@ def x_transformers(layers: int = 4) -> tuple[nn.Module, Callable]:
     from x_transformers import Decoder, TransformerWrapper
 
     model = TransformerWrapper(
-        num_tokens=VOCAB, max_seq_len=16384, use_abs_pos_emb=False, tie_embedding=True,
-        attn_layers=Decoder(dim=256, depth=layers, heads=4, attn_dim_head=64, attn_flash=True, rotary_pos_emb=True, ff_swish=True, ff_glu=True, ff_mult=2.67, use_rmsnorm=True),
+        num_tokens=VOCAB,
+        max_seq_len=16384,
+        use_abs_pos_emb=False,
+        tie_embedding=True,
+        attn_layers=Decoder(
+            dim=256,
+            depth=layers,
+            heads=4,
+            attn_dim_head=64,
+            attn_flash=True,
+            rotary_pos_emb=True,
+            ff_swish=True,
+            ff_glu=True,
+            ff_mult=2.67,
+            use_rmsnorm=True,
+        ),
     )
     return model, lambda model, ids: model(ids)
 
@@ -57,8 +81,17 @@ def transformers_mamba2(layers: int = 6) -> tuple[nn.Module, Callable]:
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
     config = Mamba2Config(
-        vocab_size=VOCAB, hidden_size=256, num_hidden_layers=layers, state_size=64, num_heads=8, head_dim=64, n_groups=1,
-        expand=2, tie_word_embeddings=True, use_cache=False, chunk_size=64,
+        vocab_size=VOCAB,
+        hidden_size=256,
+        num_hidden_layers=layers,
+        state_size=64,
+        num_heads=8,
+        head_dim=64,
+        n_groups=1,
+        expand=2,
+        tie_word_embeddings=True,
+        use_cache=False,
+        chunk_size=64,
     )
     return Mamba2ForCausalLM(config), lambda model, ids: model(ids).logits
 

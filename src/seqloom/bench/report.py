@@ -39,8 +39,12 @@ def write(suite: str, rows: list[dict[str, Any]], folder: Path) -> Path:
     device = torch.cuda.get_device_name().split()[-1].lower() if torch.cuda.is_available() else "cpu"
     path = folder / f"{suite.replace('-', '_')}_{device}.json"
     record = {
-        "suite": suite, "date": time.strftime("%Y-%m-%d"), "commit": commit(), "machine": machine(),
-        "versions": {name: metadata_version(name) for name in PEERS}, "rows": rows,
+        "suite": suite,
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": {name: metadata_version(name) for name in PEERS},
+        "rows": rows,
     }
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path

@@ -21,8 +21,14 @@ Row = dict[str, Any]
 def _row(name: str, shape: tuple[int, int], timing: Timing, parameters: int, **facts: Any) -> Row:
     tokens = shape[0] * shape[1]
     return {
-        "name": name, "batch": shape[0], "tokens": shape[1], "tokens_per_second": tokens / timing.median,
-        "seconds": timing.median, "seconds_range": [timing.least, timing.most], "parameters": parameters, **facts,
+        "name": name,
+        "batch": shape[0],
+        "tokens": shape[1],
+        "tokens_per_second": tokens / timing.median,
+        "seconds": timing.median,
+        "seconds_range": [timing.least, timing.most],
+        "parameters": parameters,
+        **facts,
     }
 
 
@@ -35,7 +41,10 @@ def _time_models(makers: dict[str, Callable], shape: tuple[int, int], rounds: in
         steps[name], sizes[name] = zoo.step_of(model.train(), ids, logits), count_parameters(model)
     timings = interleave(steps, rounds=rounds)
     base = timings[against].median
-    rows = [_row(name, shape, timing, sizes[name], against=against, speedup=base / timing.median) for name, timing in timings.items()]
+    rows = [
+        _row(name, shape, timing, sizes[name], against=against, speedup=base / timing.median)
+        for name, timing in timings.items()
+    ]
     gc.collect()
     return rows
 
@@ -52,14 +61,18 @@ def training(mixers: list[str], *, rounds: int = 5, shapes: tuple[tuple[int, int
 
 def state_space(*, rounds: int = 3) -> list[Row]:
     """Mamba and Mamba-2 beside transformers' own, same blocks and sizes."""
-    rows = _time_models({"transformers Mamba": zoo.transformers_mamba, "mamba": zoo.our_mamba}, (1, 256), rounds, "transformers Mamba")
+    rows = _time_models(
+        {"transformers Mamba": zoo.transformers_mamba, "mamba": zoo.our_mamba}, (1, 256), rounds, "transformers Mamba"
+    )
     for shape in ((4, 512), (1, 4096)):
-        rows += _time_models({"transformers Mamba-2": zoo.transformers_mamba2, "mamba2": zoo.our_mamba2}, shape, rounds, "transformers Mamba-2")
+        rows += _time_models(
+            {"transformers Mamba-2": zoo.transformers_mamba2, "mamba2": zoo.our_mamba2}, shape, rounds, "transformers Mamba-2"
+        )
     return rows
 
 
 def lengths(mixers: list[str], *, rounds: int = 3, spans: tuple[int, ...] = (1024, 4096)) -> list[Row]:
-    """Training time per token at two lengths: linear mixers keep it, quadratic ones do not. `growth` is relative to the first."""
+    """Training time per token at two lengths; `growth` is relative to the first: 1 where time is linear in T."""
     rows = []
     for name in mixers:
         first = None
@@ -87,11 +100,19 @@ def segments(mixers: list[str], *, rounds: int = 3, tokens: int = 4096, count: i
             layer.zero_grad(set_to_none=True)
             layer(x, info=info).y.sum().backward()
 
-        timings = interleave({"none": lambda run=run: run(Info()), "packed": lambda run=run, ids=ids: run(Info(segments=ids))}, rounds=rounds)
-        rows.append({
-            "name": name, "tokens": tokens, "segments": count, "seconds": timings["packed"].median,
-            "seconds_without": timings["none"].median, "cost": timings["packed"].median / timings["none"].median,
-        })
+        timings = interleave(
+            {"none": lambda run=run: run(Info()), "packed": lambda run=run, ids=ids: run(Info(segments=ids))}, rounds=rounds
+        )
+        rows.append(
+            {
+                "name": name,
+                "tokens": tokens,
+                "segments": count,
+                "seconds": timings["packed"].median,
+                "seconds_without": timings["none"].median,
+                "cost": timings["packed"].median / timings["none"].median,
+            }
+        )
     return rows
 
 
@@ -121,17 +142,25 @@ def decoding(mixers: list[str], *, contexts: tuple[int, ...] = (512, 8192), step
         first = timings[str(contexts[0])].median
         for context in contexts:
             timing = timings[str(context)]
-            rows.append({
-                "name": name, "context": context, "tokens_per_second": steps / timing.median,
-                "speed_kept": first / timing.median, "state_bytes": model.state_bytes(context),
-                "constant_state": mixer_for(name, 256).constant_state,
-            })
+            rows.append(
+                {
+                    "name": name,
+                    "context": context,
+                    "tokens_per_second": steps / timing.median,
+                    "speed_kept": first / timing.median,
+                    "state_bytes": model.state_bytes(context),
+                    "constant_state": mixer_for(name, 256).constant_state,
+                }
+            )
     return rows
 
 
 SUITES: dict[str, Callable[..., list[Row]]] = {
-    "training": training, "state-space": lambda mixers, **options: state_space(**options), "lengths": lengths,
-    "segments": segments, "decoding": decoding,
+    "training": training,
+    "state-space": lambda mixers, **options: state_space(**options),
+    "lengths": lengths,
+    "segments": segments,
+    "decoding": decoding,
 }
 
 

@@ -11,12 +11,13 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 log = logging.getLogger("seqloom.forms")
-_asked: ContextVar[Mapping[str, str]] = ContextVar("seqloom_form", default={})
+_asked: ContextVar[Mapping[str, str]] = ContextVar("seqloom_form", default=MappingProxyType({}))
 _traced: dict[str, str] = {}  # the same for a tracer, which cannot read a ContextVar but guards a graph by a dictionary
 _seen: dict[tuple[str, str], str] = {}
 
@@ -26,7 +27,7 @@ PREFERENCE = ("fused", "chunked", "parallel")
 
 def gpu_only(function: Callable) -> Callable:
     """Mark a form that runs on CUDA devices alone."""
-    function.devices = ("cuda",)
+    function.devices = ("cuda",)  # type: ignore[attr-defined]
     return function
 
 

@@ -71,12 +71,12 @@ class Mixer(nn.Module):
             x = segments.hold(x)
         place = Placement(segments, positions if info.positions is None else info.positions)
         if isinstance(state, Memory):
-            y, new, aux = self.read_out(x, state, place), state, {}
-        else:
-            y, cells, aux = self.mix(x, None if state is None else state.cells, place, info, donate)
-            new = State(track, cells) if self.spec.streams else None
-            if donate and state is not None:
-                new = st.write_back(state, new)
+            y = self.read_out(x, state, place)
+            return Mixed(y if segments is None else segments.hold(y), state, {})
+        y, cells, aux = self.mix(x, None if state is None else state.cells, place, info, donate)
+        new = State(track, cells) if self.spec.streams else None
+        if donate and state is not None:
+            new = st.write_back(state, new)
         return Mixed(y if segments is None else segments.hold(y), new, aux)
 
     def run(self, *streams: Tensor, **options: Any) -> Any:

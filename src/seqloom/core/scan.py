@@ -55,11 +55,11 @@ def carry(a: Tensor, b: Tensor, h: Tensor, *, act: Callable[[Tensor, Tensor], Te
     """
     n = a.shape[1]
     if n <= group:
-        before = []
+        entering = []
         for a_i, b_i in zip(a.unbind(1), b.unbind(1), strict=True):
-            before.append(h)
+            entering.append(h)
             h = act(a_i, h) + b_i
-        return torch.stack(before, 1), h
+        return torch.stack(entering, 1), h
     groups = n // group
     whole = groups * group
     # unbind, not an index each: autograd would fill a tensor of the whole size for every one of them

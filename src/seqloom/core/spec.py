@@ -67,7 +67,9 @@ def to_dict(spec: Any, kinds: Mapping[str, type]) -> Any:
             raise BadInput(f"{type(spec).__name__} is not in the table of kinds, so it cannot be saved")
         values = {field.name: to_dict(getattr(spec, field.name), kinds) for field in dataclasses.fields(spec)}
         if KIND in values:
-            raise BadInput(f"{type(spec).__name__} has a field called {KIND!r}, which is where a spec's name is stored; rename it")
+            raise BadInput(
+                f"{type(spec).__name__} has a field called {KIND!r}, which is where a spec's name is stored; rename it"
+            )
         return {KIND: names[type(spec)], **values}
     if isinstance(spec, (tuple, list)):
         return [to_dict(item, kinds) for item in spec]
@@ -98,8 +100,10 @@ def from_dict(data: Any, kinds: Mapping[str, type], where: str = "", lines: Mapp
             value = from_dict(value, kinds, path, lines)
             values[key] = _checked(value, hints[key], place(path))
         missing = [
-            field.name for field in known.values()
-            if field.name not in values and field.default is dataclasses.MISSING
+            field.name
+            for field in known.values()
+            if field.name not in values
+            and field.default is dataclasses.MISSING
             and field.default_factory is dataclasses.MISSING
         ]
         if missing:

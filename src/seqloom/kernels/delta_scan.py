@@ -58,7 +58,7 @@ def matrix(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b t h k"], beta: Float
         q, k, beta = (segments.hold(x) for x in (q, k, beta))
         log_a = None if log_a is None else segments.hold(log_a)
     with torch.autocast(q.device.type, enabled=False):
-        scores, system, _ = _whole(*(None if x is None else x.to(wide) for x in (q, k, beta, log_a)), segments)
+        scores, system, _ = _whole(q.to(wide), k.to(wide), beta.to(wide), None if log_a is None else log_a.to(wide), segments)
         b = torch.diag_embed(rearrange(beta.to(wide), "b t h -> b h t"))
         return scores @ torch.linalg.solve_triangular(system, b, upper=False, unitriangular=True)
 
@@ -117,9 +117,9 @@ def chunked(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b t h k"], v: Float[T
 
     q, k, v, beta = split(q), split(k), split(v), split(beta[..., None])
     start = v.new_zeros(batch, heads, key, v.shape[-1]) if state is None else state.to(wide)
-    masks = _select(segments, chunk, q.device)
-    total = None if log_a is None else _running(split(log_a[..., None]), masks[0])
-    y, new = _Chunks.apply(q, k, v, beta, total, start, *masks, group)
+    keep, reads, writes, alive = _select(segments, chunk, q.device)
+    total = None if log_a is None else _running(split(log_a[..., None]), keep)
+    y, new = _Chunks.apply(q, k, v, beta, total, start, keep, reads, writes, alive, group)
     return Mixed(rearrange(y, "b n h c v -> b (n c) h v")[:, :tokens].to(dtype), new)
 
 
@@ -141,7 +141,8 @@ def _whole(q: Tensor, k: Tensor, beta: Tensor, log_a: Tensor | None,
     return scores, pairs + torch.eye(tokens, dtype=pairs.dtype, device=pairs.device), total
 
 
-def _select(segments: Segments | None, chunk: int, device: torch.device) -> tuple[Tensor | None, ...]:
+def _select(segments: Segments | None, chunk: int,
+            device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """What boundaries leave of a chunk: pairs kept [.. c c], tokens that read the incoming state and tokens whose
     writes leave [.. c 1], chunks that the incoming state survives [.. 1 1]; the last three None without segments."""
     lower = torch.ones(chunk, chunk, dtype=torch.bool, device=device).tril()
@@ -173,7 +174,7 @@ def _inside(q: Tensor, k: Tensor, total: Tensor | None, keep: Tensor, reads: Ten
         # mask before exp: a future pair has a positive exponent and overflows to inf
         weight = torch.where(keep, total - total.mT, -torch.inf).exp_()
         since, until, whole = total.exp(), (total[..., -1:, :] - total).exp(), total[..., -1:, :].exp()
-    if reads is not None:
+    if reads is not None and writes is not None and alive is not None:
         since, until, whole = (torch.where(mask, x, 0.0) for mask, x in ((reads, since), (writes, until), (alive, whole)))
     return weight, (k @ k.mT).mul_(weight), (q @ k.mT).mul_(weight), since, until, whole
 

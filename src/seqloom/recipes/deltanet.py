@@ -8,8 +8,12 @@ from seqloom.parts import SwiGLU
 from seqloom.tasks import LatestValueRecall, MemoryRule, OverwriteRecall, SingleWriteRecall
 
 PAPER = Paper(
-    slug="deltanet", number=90, title="Parallelizing Linear Transformers with the Delta Rule over Sequence Length",
-    authors="Yang, Wang, Zhang, Shen, Kim", year=2024, arxiv="2406.06484",
+    slug="deltanet",
+    number=90,
+    title="Parallelizing Linear Transformers with the Delta Rule over Sequence Length",
+    authors="Yang, Wang, Zhang, Shen, Kim",
+    year=2024,
+    arxiv="2406.06484",
 )
 
 
@@ -35,37 +39,75 @@ def size_1b3() -> Stack:
 SMALL = dict(heads=2, key_dim=16, value_dim=24)
 
 CHECKS = (
-    Check(text="recurrent, chunked and parallel forms agree", where="[deltanet] section 3.2",
-          measure=lambda: exact.forms_agree(DeltaNet(**SMALL)), limit=1e-10),
-    Check(text="a sequence cut anywhere and resumed equals one pass", where="[deltanet] section 3.2",
-          measure=lambda: exact.resumes(DeltaNet(**SMALL)), limit=1e-10),
-    Check(text="changing a token leaves earlier outputs alone", where="[deltanet] section 3.2",
-          measure=lambda: exact.looks_ahead(DeltaNet(**SMALL)), limit=1e-12),
-    Check(text="orthonormal keys are a perfect memory, and a rewritten key is replaced", where="[deltanet] section 2.2",
-          measure=exact.delta_memory, limit=1e-10),
-    Check(text="with addition a rewritten key returns the sum (the check above can fail)", where="[deltanet] section 2.2",
-          measure=lambda: exact.delta_memory(erase=False), limit=0.1, at_least=True),
-    Check(text="products of 10,000 transitions with unit keys and beta in [0, 2] have norm at most 1", where="[deltanet] section 2.2",
-          measure=exact.delta_spectral_norm, limit=1 + 1e-9),
+    Check(
+        text="recurrent, chunked and parallel forms agree",
+        where="[deltanet] section 3.2",
+        measure=lambda: exact.forms_agree(DeltaNet(**SMALL)),
+        limit=1e-10,
+    ),
+    Check(
+        text="a sequence cut anywhere and resumed equals one pass",
+        where="[deltanet] section 3.2",
+        measure=lambda: exact.resumes(DeltaNet(**SMALL)),
+        limit=1e-10,
+    ),
+    Check(
+        text="changing a token leaves earlier outputs alone",
+        where="[deltanet] section 3.2",
+        measure=lambda: exact.looks_ahead(DeltaNet(**SMALL)),
+        limit=1e-12,
+    ),
+    Check(
+        text="orthonormal keys are a perfect memory, and a rewritten key is replaced",
+        where="[deltanet] section 2.2",
+        measure=exact.delta_memory,
+        limit=1e-10,
+    ),
+    Check(
+        text="with addition a rewritten key returns the sum (the check above can fail)",
+        where="[deltanet] section 2.2",
+        measure=lambda: exact.delta_memory(erase=False),
+        limit=0.1,
+        at_least=True,
+    ),
+    Check(
+        text="products of 10,000 transitions with unit keys and beta in [0, 2] have norm at most 1",
+        where="[deltanet] section 2.2",
+        measure=exact.delta_spectral_norm,
+        limit=1 + 1e-9,
+    ),
 )
 
 CLAIMS = (
     Claim(
         text="a memory that overwrites returns the newest of two values where one that adds returns a blend",
-        where="[deltanet] section 2.2", task=OverwriteRecall(keys=(16, 32)), control=OverwriteRecall(keys=(16, 32), times=1),
-        arms={"method": MemoryRule(erase=True), "baseline": MemoryRule(), "knockout": MemoryRule(), "decay": MemoryRule(decay=0.98)},
-        budget=Budget(steps=0), require=(above("method", 0.95), below("knockout", 0.65, on="at_16_keys"), below("knockout", 0.65, on="at_32_keys")),
+        where="[deltanet] section 2.2",
+        task=OverwriteRecall(keys=(16, 32)),
+        control=OverwriteRecall(keys=(16, 32), times=1),
+        arms={
+            "method": MemoryRule(erase=True),
+            "baseline": MemoryRule(),
+            "knockout": MemoryRule(),
+            "decay": MemoryRule(decay=0.98),
+        },
+        budget=Budget(steps=0),
+        require=(above("method", 0.95), below("knockout", 0.65, on="at_16_keys"), below("knockout", 0.65, on="at_32_keys")),
     ),
     Claim(
-        text="recalls the latest value where linear attention keeps a blend", where="[deltanet] section 4.1",
-        task=LatestValueRecall(keys=6, writes=16, test_writes=(32,)), control=SingleWriteRecall(keys=6),
+        text="recalls the latest value where linear attention keeps a blend",
+        where="[deltanet] section 4.1",
+        task=LatestValueRecall(keys=6, writes=16, test_writes=(32,)),
+        control=SingleWriteRecall(keys=6),
         budget=Budget(steps=1000, lrs=(1e-3, 3e-3)),
         arms={
             "method": model(dim=48, depth=2, mixer=DeltaNet(**SMALL)),
             "baseline": model(dim=48, depth=2, mixer=LinearAttention(**SMALL, conv=4, feature="none", normaliser="none")),
             "knockout": model(dim=48, depth=2, mixer=DeltaNet(**SMALL, erase=False)),
         },
-        require=(above("method", 0.97), beats("method", "baseline", by=0.25, on="at_32_writes"),
-                 beats("method", "knockout", by=0.25, on="at_32_writes")),
+        require=(
+            above("method", 0.97),
+            beats("method", "baseline", by=0.25, on="at_32_writes"),
+            beats("method", "knockout", by=0.25, on="at_32_writes"),
+        ),
     ),
 )

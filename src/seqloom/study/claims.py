@@ -17,7 +17,7 @@ from seqloom.core import Claim
 from seqloom.study.fit import fit
 
 CALIBRATION_SEED = 1000  # never among the reported seeds
-SEED_STRIDE = 17         # fit() uses seed and seed + 1
+SEED_STRIDE = 17  # fit() uses seed and seed + 1
 
 
 class Job(NamedTuple):
@@ -82,7 +82,7 @@ def run_claim(module: str, index: int, *, jobs: int = 1) -> ClaimResult:
             trials = [Job(module, index, arm, "task", lr, CALIBRATION_SEED) for arm in claim.arms for lr in claim.budget.lrs]
             for result in run(trials):
                 calibration[result.job.arm][f"{result.job.lr:g}"] = result.scores["score"]
-            lrs = {arm: max(claim.budget.lrs, key=lambda lr: calibration[arm][f"{lr:g}"]) for arm in claim.arms}  # noqa: B023
+            lrs = {arm: max(claim.budget.lrs, key=lambda lr: calibration[arm][f"{lr:g}"]) for arm in claim.arms}
         seeds = [SEED_STRIDE * i for i in range(claim.seeds)]
         work = [Job(module, index, arm, "task", lrs[arm], seed) for arm in claim.arms for seed in seeds]
         if claim.control is not None:
@@ -105,8 +105,18 @@ def run_claim(module: str, index: int, *, jobs: int = 1) -> ClaimResult:
     if trained:
         most, least = max(parameters.values()), min(parameters.values())
         requirements["parameters within 2 %"] = most <= 1.02 * least
-    return ClaimResult(claim.text, all(requirements.values()), lrs, calibration, scores, means, control, requirements,
-                       parameters, time.perf_counter() - started)
+    return ClaimResult(
+        claim.text,
+        all(requirements.values()),
+        lrs,
+        calibration,
+        scores,
+        means,
+        control,
+        requirements,
+        parameters,
+        time.perf_counter() - started,
+    )
 
 
 class _pool:
@@ -119,7 +129,9 @@ class _pool:
     def __enter__(self) -> Callable[[Iterable[Job]], Iterable[JobResult]]:
         if self.jobs <= 1:
             return lambda work: map(run_job, work)
-        self.executor = ProcessPoolExecutor(self.jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
+        self.executor = ProcessPoolExecutor(
+            self.jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+        )
         return lambda work: self.executor.map(run_job, work)
 
     def __exit__(self, *failure: Any) -> None:

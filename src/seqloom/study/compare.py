@@ -48,7 +48,8 @@ def _widen(model: SequenceModel, target: int, name: str) -> SequenceModel:
     def at(extra: int) -> SequenceModel:
         blocks = tuple(
             replace(block, mlp=SwiGLU(hidden=(block.mlp.hidden or -(-model.stack.dim * 8 // 3 // 8) * 8) + extra))
-            if isinstance(block.mlp, SwiGLU) else block
+            if isinstance(block.mlp, SwiGLU)
+            else block
             for block in model.stack.blocks
         )
         return replace(model, stack=replace(model.stack, blocks=blocks))
@@ -98,8 +99,16 @@ class Comparison:
         return sorted(self.rows, key=lambda row: row.score if self.lower_is_better else -row.score)
 
 
-def compare_on_task(mixers: list[str], task: str | TokenTask, *, dim: int = 64, layers: int = 2, budget: Budget = Budget(steps=600),
-                    seeds: int = 3, jobs: int = 1) -> Comparison:
+def compare_on_task(
+    mixers: list[str],
+    task: str | TokenTask,
+    *,
+    dim: int = 64,
+    layers: int = 2,
+    budget: Budget = Budget(steps=600),
+    seeds: int = 3,
+    jobs: int = 1,
+) -> Comparison:
     """Arms named by mixer (or a pattern "a+b") on a generated task; the best rate of the budget is taken per arm."""
     if isinstance(task, str):
         if task not in TASKS:
@@ -118,7 +127,12 @@ def compare_on_task(mixers: list[str], task: str | TokenTask, *, dim: int = 64, 
                 best[name] = (row.score, lr)
         final = [(name, specs[name], task, budget, best[name][1], 17 * seed) for name in mixers for seed in range(seeds)]
         rows = list(pool.map(_fit_row, final))
-    return Comparison("accuracy", False, length, tuple(_arm(name, specs[name], [r for r in rows if r.mixer == name], length) for name in mixers))
+    return Comparison(
+        "accuracy",
+        False,
+        length,
+        tuple(_arm(name, specs[name], [r for r in rows if r.mixer == name], length) for name in mixers),
+    )
 
 
 def _fit_row(work: tuple) -> RunRow:
@@ -134,8 +148,14 @@ def _arm(name: str, spec: SequenceModel, runs: list[RunRow], length: int) -> Arm
     with torch.device("meta"):
         state = spec.build().state_bytes(length)
     return ArmRow(
-        name, parameters_of(spec), statistics.fmean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0,
-        statistics.median(run.tokens_per_second for run in runs), state, max(peaks) if peaks else None, tuple(runs),
+        name,
+        parameters_of(spec),
+        statistics.fmean(scores),
+        statistics.stdev(scores) if len(scores) > 1 else 0.0,
+        statistics.median(run.tokens_per_second for run in runs),
+        state,
+        max(peaks) if peaks else None,
+        tuple(runs),
     )
 
 
@@ -167,14 +187,25 @@ def _executor(jobs: int) -> Any:
     """Processes that run one job each, so that peak memory is that of the job alone."""
     if jobs < 1:
         return _serial()
-    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1,
-                               initializer=torch.set_num_threads, initargs=(max(torch.get_num_threads() // jobs, 1),))
+    return ProcessPoolExecutor(
+        jobs,
+        mp_context=get_context("spawn"),
+        max_tasks_per_child=1,
+        initializer=torch.set_num_threads,
+        initargs=(max(torch.get_num_threads() // jobs, 1),),
+    )
 
 
 def save(comparison: Comparison, folder: Path, *, about: Mapping[str, Any] | None = None) -> list[Path]:
     """comparison.json, comparison.png and comparison.svg in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    record = {**asdict(comparison), "about": dict(about or {}), "machine": machine(), "commit": commit(), "date": time.strftime("%Y-%m-%d")}
+    record = {
+        **asdict(comparison),
+        "about": dict(about or {}),
+        "machine": machine(),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
     path = folder / "comparison.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     return [path, *plot(comparison, folder)]
@@ -209,9 +240,22 @@ def plot(comparison: Comparison, folder: Path) -> list[Path]:
     return paths
 
 
-def compare_on_text(mixers: list[str], data: str, *, out: Path, dim: int = 128, layers: int = 3, vocab: int = 2048, context: int = 256,
-                    batch: int = 8, steps: int = 200, lr: float = 2e-3, seeds: int = 2, column: str | None = None,
-                    say: Callable[[str], None] = lambda text: None) -> Comparison:
+def compare_on_text(
+    mixers: list[str],
+    data: str,
+    *,
+    out: Path,
+    dim: int = 128,
+    layers: int = 3,
+    vocab: int = 2048,
+    context: int = 256,
+    batch: int = 8,
+    steps: int = 200,
+    lr: float = 2e-3,
+    seeds: int = 2,
+    column: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Comparison:
     """Arms named by mixer (or a pattern "a+b") as language models on the same files, windows and steps: bits per byte held out.
 
     Every run is a process of its own, so that peak memory is that run's.
@@ -221,9 +265,25 @@ def compare_on_text(mixers: list[str], data: str, *, out: Path, dim: int = 128, 
     specs = equalise(stacks, vocab=corpus.vocab)
     # seeds in the outer loop: a machine's drift falls on all arms alike
     work = [
-        (name, specs[name], TrainConfig(data=data, column=column, vocab=vocab, out=out / "runs" / f"{name}-{seed}", context=context, batch=batch,
-                                        steps=steps, lr=lr, seed=seed, save_every=0), out / "data")
-        for seed in range(seeds) for name in mixers
+        (
+            name,
+            specs[name],
+            TrainConfig(
+                data=data,
+                column=column,
+                vocab=vocab,
+                out=out / "runs" / f"{name}-{seed}",
+                context=context,
+                batch=batch,
+                steps=steps,
+                lr=lr,
+                seed=seed,
+                save_every=0,
+            ),
+            out / "data",
+        )
+        for seed in range(seeds)
+        for name in mixers
     ]
     rows = []
     with _executor(1) as pool:

@@ -1,4 +1,4 @@
-"""The main job on real data that every machine has: a small hybrid on the standard library's source, beside honest baselines."""
+"""The main job on data that every machine has: a small hybrid on the standard library's source, beside honest baselines."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ class Demo:
 
 
 def config(out: Path, minutes: float) -> TrainConfig:
-    return TrainConfig(data="stdlib", model=MODEL, out=out, minutes=minutes, vocab=4096, context=128, batch=16, lr=6e-3,
-                       save_every=0)
+    return TrainConfig(
+        data="stdlib", model=MODEL, out=out, minutes=minutes, vocab=4096, context=128, batch=16, lr=6e-3, save_every=0
+    )
 
 
 def run(out: Path, *, minutes: float = 3.5, progress: bool = True, say: Callable[[str], None] = print) -> Demo:
@@ -39,7 +40,8 @@ def run(out: Path, *, minutes: float = 3.5, progress: bool = True, say: Callable
     say("scoring the baselines and the ablations ...")
     learnt, apart = result.corpus.text("train"), result.corpus.text("held")
     rivals = {
-        "unigram bytes": baselines.unigram(learnt, apart), "trigram bytes, interpolated": baselines.trigram(learnt, apart),
+        "unigram bytes": baselines.unigram(learnt, apart),
+        "trigram bytes, interpolated": baselines.trigram(learnt, apart),
         **baselines.compressors(apart),
     }
     kinds = dict.fromkeys(block.mixer.spec.name() for block in result.model.stack.blocks)

@@ -39,9 +39,14 @@ def digest(what: Any, modules: list[str]) -> str:
 def machine() -> dict[str, Any]:
     """Where a number was measured: processor, threads, device, versions."""
     return {
-        "machine": platform.machine(), "processor": _processor(), "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "system": platform.system(),
-        "python": platform.python_version(), "torch": torch.__version__, "seqloom": metadata_version("seqloom"),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "seqloom": metadata_version("seqloom"),
     }
 
 
@@ -54,6 +59,7 @@ def metadata_version(name: str) -> str:
 
 def commit() -> str | None:
     """The checkout's commit, with "+" when files differ from it; None outside a checkout."""
+
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
 

@@ -48,8 +48,9 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
 
 
-def fit(arm: Stack | SequenceModel, task: TokenTask, budget: Budget, *, lr: float, seed: int,
-        device: torch.device | str = "cpu") -> Fit:
+def fit(
+    arm: Stack | SequenceModel, task: TokenTask, budget: Budget, *, lr: float, seed: int, device: torch.device | str = "cpu"
+) -> Fit:
     """Train `arm` on `task` for `budget` at rate `lr`, and score it on `task.tests()`."""
     torch.manual_seed(seed)
     model = model_for(arm, task).build().to(device)

@@ -7,6 +7,15 @@ from seqloom.tasks.synthetic import InductionHeads, LatestValueRecall, Selective
 TASKS = {"recall": LatestValueRecall, "copy": SelectiveCopy, "induction": InductionHeads}
 
 __all__ = [
-    "IGNORE", "TASKS", "Batch", "InductionHeads", "LatestValueRecall", "MemoryRule", "OverwriteRecall", "SelectiveCopy", "SingleWriteRecall", "TokenTask",
+    "IGNORE",
+    "TASKS",
+    "Batch",
+    "InductionHeads",
+    "LatestValueRecall",
+    "MemoryRule",
+    "OverwriteRecall",
+    "SelectiveCopy",
+    "SingleWriteRecall",
+    "TokenTask",
     "accuracy",
 ]

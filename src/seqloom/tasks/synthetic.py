@@ -58,13 +58,31 @@ class LatestValueRecall:
         return {"score": replace(self, test_writes=()), **more}
 
 
-def SingleWriteRecall(*, keys: int = 6, values: int = 16) -> LatestValueRecall:  # noqa: N802 (a task by name)
+def SingleWriteRecall(*, keys: int = 6, values: int = 16) -> LatestValueRecall:
     """Every key written once, then asked once: recall without overwriting."""
     return LatestValueRecall(keys=keys, values=values, writes=keys)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectiveCopy:
+class _SymbolTask:
+    """A task whose answers are `symbols` equally likely symbols, scored as it is trained."""
+
+    symbols: int = 16
+
+    @property
+    def classes(self) -> int:
+        return self.symbols
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.symbols
+
+    def tests(self) -> Mapping[str, TokenTask]:
+        return {"score": self}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectiveCopy(_SymbolTask):
     """Data tokens among blanks, then as many identical query tokens: the i-th must return the i-th data token.
 
         . b . . a d . c ? ? ? ? -> b a d c
@@ -76,20 +94,11 @@ class SelectiveCopy:
 
     length: int = 32
     data: int = 8
-    symbols: int = 16
     places: str = "random"
 
     @property
     def vocab(self) -> int:
         return self.symbols + 2
-
-    @property
-    def classes(self) -> int:
-        return self.symbols
-
-    @property
-    def chance(self) -> float:
-        return 1 / self.symbols
 
     def __post_init__(self) -> None:
         if self.places not in ("random", "fixed") or self.data > self.length:
@@ -105,12 +114,9 @@ class SelectiveCopy:
         query = torch.full((batch, self.data), self.symbols + 1)
         return Batch(torch.cat([body, query], 1), torch.cat([torch.full_like(body, IGNORE), answer], 1))
 
-    def tests(self) -> Mapping[str, TokenTask]:
-        return {"score": self}
-
 
 @dataclass(frozen=True, kw_only=True)
-class InductionHeads:
+class InductionHeads(_SymbolTask):
     """A trigger token appears once inside noise and once at the end: name the token that followed it.
 
         x f # c d a e b # -> c
@@ -125,14 +131,6 @@ class InductionHeads:
     def vocab(self) -> int:
         return self.symbols + 1
 
-    @property
-    def classes(self) -> int:
-        return self.symbols
-
-    @property
-    def chance(self) -> float:
-        return 1 / self.symbols
-
     def sample(self, batch: int, generator: torch.Generator) -> Batch:
         ids = torch.randint(self.symbols, (batch, self.length), generator=generator)
         place = torch.randint(self.length - 3, (batch, 1), generator=generator)
@@ -142,6 +140,3 @@ class InductionHeads:
         targets = torch.full_like(ids, IGNORE)
         targets[:, -1:] = answer
         return Batch(ids, targets)
-
-    def tests(self) -> Mapping[str, TokenTask]:
-        return {"score": self}

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast_object_list
 
-from seqloom.core import BadInput, FailedRun
+from seqloom.core import BadInput, FailedRun, keep_pages
 from seqloom.core.spec import pack, unpack
 from seqloom.data import Corpus, TextBatch, open_corpus, prepare
 from seqloom.data import tokenizer as tokenizers
@@ -64,6 +64,7 @@ def train(config: TrainConfig, *, spec: SequenceModel | None = None, corpus: Cor
     Raises: BadInput for what cannot be trained; FailedRun when loss or gradient is not finite, saving fails, or the run is
     interrupted (Ctrl-C, SIGTERM), which saves first and says how to go on.
     """
+    keep_pages()
     facts: dict[str, Any] | None = None
     if config.resume is not None:
         config, spec, facts = _resume(config)

@@ -21,7 +21,9 @@ class TokenHead:
     def build(self, dim: int, stem: nn.Module) -> nn.Module:
         if self.tie and (not hasattr(stem, "weight") or stem.weight.shape[0] != self.classes):
             found = stem.weight.shape[0] if hasattr(stem, "weight") else "no table"
-            raise ValueError(f"TokenHead(tie=True) needs an embedding table of {self.classes} rows, found {found}; use tie=False")
+            raise ValueError(
+                f"TokenHead(tie=True) needs an embedding table of {self.classes} rows, found {found}; use tie=False"
+            )
         return TokenHeadLayer(self, dim, stem)
 
 
