@@ -21,7 +21,7 @@ class CheckOptions:
     claims: bool = True
     """Run a paper's claims too, which train models; without it the exactness checks only."""
     jobs: int = 1
-    """Processes that run claims side by side, one thread each."""
+    """Processes that run laws and claims side by side, one thread each."""
     out: Path | None = None
     """Folder for evidence, <paper>.json. Without it results are printed only."""
     pages: Path | None = None
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
 def check_laws(mixers: list[str], options: CheckOptions) -> bool:
     from seqloom import laws
 
-    results = laws.run_laws(mixers, device=options.device)
+    results = laws.run_laws(mixers, device=options.device, jobs=options.jobs)
     print(laws.summary(results))
     if options.pages is not None:
         options.pages.mkdir(parents=True, exist_ok=True)
