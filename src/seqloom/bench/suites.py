@@ -66,7 +66,14 @@ def state_space(*, rounds: int = 3) -> list[Row]:
     )
     for shape in ((4, 512), (1, 4096)):
         rows += _time_models(
-            {"transformers Mamba-2": zoo.transformers_mamba2, "mamba2": zoo.our_mamba2}, shape, rounds, "transformers Mamba-2"
+            {
+                "transformers Mamba-2": zoo.transformers_mamba2,
+                "transformers Mamba-2, chunk 64": lambda: zoo.transformers_mamba2(chunk=64),
+                "mamba2": zoo.our_mamba2,
+            },
+            shape,
+            rounds,
+            "transformers Mamba-2",
         )
     return rows
 

@@ -34,10 +34,14 @@ class Fit(NamedTuple):
 
 
 def model_for(arm: Stack | SequenceModel, task: TokenTask) -> SequenceModel:
-    """An arm is a whole model, or a stack that gets the task's vocabulary and an untied head."""
+    """An arm is a whole model, or a stack that gets the task's vocabulary and an untied head.
+
+    The table starts at unit variance: claims train at rates up to 2e-2, and Adam's first steps would redraw a table of
+    entries near 0.02 whole, for every arm.
+    """
     if isinstance(arm, SequenceModel):
         return arm
-    return SequenceModel(stem=TokenStem(vocab=task.vocab), stack=arm, head=TokenHead(classes=task.classes, tie=False))
+    return SequenceModel(stem=TokenStem(vocab=task.vocab, std=1.0), stack=arm, head=TokenHead(classes=task.classes, tie=False))
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:

@@ -14,6 +14,7 @@ from seqloom.parts.init import STD
 class TokenStem:
     vocab: int
     dropout: float = 0.0
+    std: float = STD  # of the table at the start: where it is tied to a head, small; alone, 1 leaves room for large rates
 
     def build(self, dim: int) -> TokenStemLayer:
         return TokenStemLayer(self, dim)
@@ -22,7 +23,7 @@ class TokenStem:
 class TokenStemLayer(nn.Module):
     def __init__(self, spec: TokenStem, dim: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(spec.vocab, dim).normal_(0.0, STD))
+        self.weight = nn.Parameter(torch.empty(spec.vocab, dim).normal_(0.0, spec.std))
         self.dropout = nn.Dropout(spec.dropout)
 
     def forward(self, ids: Tensor) -> Tensor:
