@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     names = list(suites.SUITES) if options.suite == "all" else [options.suite]
     if "training" in names:
         require_extra("x_transformers", "bench", "the training suite")
-    red = [name for name in mixers if any(result.failed for result in laws.run_laws([name], only=("forms agree",)))]
+    red = [name for name in mixers if any(result.failed for result in laws.run_laws([name], laws=("forms_agree",)))]
     for name in red:
         stderr(f"{name} is not timed: its forms disagree (`seqloom check {name}`)")
     for suite in names:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from seqloom.core import Info, Mixed
 from seqloom.models.backbone import Stack
 from seqloom.models.heads import PooledHead, TokenHead
-from seqloom.models.stems import TokenStem
+from seqloom.models.stems import SeriesStem, TokenStem
 
 
 class Output(NamedTuple):
@@ -25,7 +25,7 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceModel:
-    stem: TokenStem
+    stem: TokenStem | SeriesStem
     stack: Stack
     head: TokenHead | PooledHead
 

@@ -2,6 +2,7 @@
 
 from seqloom.core import Budget, Check, Claim, Paper, above, beats, below
 from seqloom.laws import exact
+from seqloom.laws.exact import delta
 from seqloom.mixers import DeltaNet, LinearAttention, SoftmaxAttention
 from seqloom.models import Block, Stack
 from seqloom.parts import SwiGLU
@@ -60,20 +61,20 @@ CHECKS = (
     Check(
         text="orthonormal keys are a perfect memory, and a rewritten key is replaced",
         where="[deltanet] section 2.2",
-        measure=exact.delta_memory,
+        measure=delta.memory,
         limit=1e-10,
     ),
     Check(
         text="with addition a rewritten key returns the sum (the check above can fail)",
         where="[deltanet] section 2.2",
-        measure=lambda: exact.delta_memory(erase=False),
+        measure=lambda: delta.memory(erase=False),
         limit=0.1,
         at_least=True,
     ),
     Check(
         text="products of 10,000 transitions with unit keys and beta in [0, 2] have norm at most 1",
         where="[deltanet] section 2.2",
-        measure=exact.delta_spectral_norm,
+        measure=delta.spectral_norm,
         limit=1 + 1e-9,
     ),
 )

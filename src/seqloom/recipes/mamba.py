@@ -2,6 +2,7 @@
 
 from seqloom.core import Budget, Check, Claim, Paper, above, beats
 from seqloom.laws import exact
+from seqloom.laws.exact import selective
 from seqloom.mixers import S4D, Mamba
 from seqloom.models import Block, SequenceModel, Stack
 from seqloom.models.sequence import language_model
@@ -63,19 +64,19 @@ CHECKS = (
     Check(
         text="with step and maps held constant it is a convolution",
         where="[mamba] section 2",
-        measure=exact.selective_is_convolution,
+        measure=selective.is_convolution,
         limit=1e-10,
     ),
     Check(
         text="one state, A = -1 and an exact hold: a gated recurrence (Theorem 1)",
         where="[mamba] section 3.5.1",
-        measure=exact.selective_is_gate,
+        measure=selective.is_gate,
         limit=1e-10,
     ),
     Check(
         text="Theorem 1 does not hold for Euler's input map (the check above can fail)",
         where="[mamba] section 3.5.1",
-        measure=lambda: exact.selective_is_gate(zoh=False),
+        measure=lambda: selective.is_gate(zoh=False),
         limit=0.1,
         at_least=True,
     ),

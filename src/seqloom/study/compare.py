@@ -23,7 +23,7 @@ from seqloom.models.presets import stack_of
 from seqloom.models.sequence import SequenceModel, language_model
 from seqloom.parts import SwiGLU
 from seqloom.study.digest import commit, machine
-from seqloom.study.fit import count_parameters, fit, model_for
+from seqloom.study.fit import count_parameters, fit
 from seqloom.tasks import TASKS, TokenTask
 from seqloom.train import TrainConfig, train
 
@@ -116,8 +116,8 @@ def compare_on_task(
         task = TASKS[task]()
     stacks = {name: stack_of(tuple(name.split("+")), dim=dim, layers=layers) for name in mixers}
     models = equalise(stacks, vocab=max(task.vocab, task.classes))
-    specs = {name: model_for(model.stack, task) for name, model in models.items()}
-    length = task.sample(1, torch.Generator().manual_seed(0)).ids.shape[1]
+    specs = {name: task.wrap(model.stack) for name, model in models.items()}
+    length = task.sample(1, torch.Generator().manual_seed(0)).inputs.shape[1]
     work = [(name, specs[name], task, budget, lr, 1000) for name in mixers for lr in budget.lrs]
     with _executor(jobs) as pool:
         trials = list(pool.map(_fit_row, work))
@@ -138,7 +138,7 @@ def compare_on_task(
 def _fit_row(work: tuple) -> RunRow:
     name, spec, task, budget, lr, seed = work
     result = fit(spec, task, budget, lr=lr, seed=seed)
-    tokens = budget.steps * budget.batch * task.sample(1, torch.Generator().manual_seed(0)).ids.shape[1]
+    tokens = budget.steps * budget.batch * task.sample(1, torch.Generator().manual_seed(0)).inputs.shape[1]
     return RunRow(name, seed, result.scores["score"], tokens / result.seconds, peak_memory())
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import inspect
 import json
 import platform
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,24 @@ ROOT = Path(seqloom.__file__).parent
 OUTSIDE = ("cli", "bench", "hub", "study.digest", "study.evidence", "study.compare", "_version")
 
 
-def loaded_modules() -> list[str]:
-    """seqloom modules in this process that can influence a number, without those of other recipes."""
-    names = (name for name in sys.modules if name.startswith("seqloom.") and getattr(sys.modules[name], "__file__", None))
-    return sorted(name for name in names if not any(name.removeprefix("seqloom.").startswith(skip) for skip in OUTSIDE))
+def influences(*roots: str) -> list[str]:
+    """The seqloom modules behind the names that `roots` use, and those behind these, and so on.
+
+    A class or function counts for the module that defines it, whatever package handed it on: what else stands in a table
+    of mixers does not matter to a recipe that names one of them.
+    """
+    found: set[str] = set()
+    todo = list(roots)
+    while todo:
+        name = todo.pop()
+        if name in found or any(name.removeprefix("seqloom.").startswith(skip) for skip in OUTSIDE):
+            continue
+        found.add(name)
+        for value in vars(importlib.import_module(name)).values():
+            other = value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", None)
+            if isinstance(other, str) and other.startswith("seqloom."):
+                todo.append(other)
+    return sorted(found)
 
 
 def digest(what: Any, modules: list[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from seqloom.core import Verdict
 from seqloom.study.claims import describe, run_claim
-from seqloom.study.digest import commit, digest, loaded_modules, machine
+from seqloom.study.digest import commit, digest, influences, machine
 
 
 def check_recipe(recipe: ModuleType, *, claims: bool = True, jobs: int = 1) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def check_recipe(recipe: ModuleType, *, claims: bool = True, jobs: int = 1) -> d
                     **run_claim(recipe.__name__, index, jobs=jobs)._asdict(),
                 }
             )
-    modules = _influences(recipe.__name__)
+    modules = influences(recipe.__name__, run_claim.__module__)
     return {
         "paper": recipe.PAPER.slug,
         "verdict": verdict(recipe, checks, results if claims else None),
@@ -74,11 +74,6 @@ def fingerprint(recipe: ModuleType, modules: list[str]) -> str:
         "claims": [describe(c) for c in recipe.CLAIMS],
     }
     return digest(what, modules)
-
-
-def _influences(name: str) -> list[str]:
-    """Loaded modules without other papers' recipes."""
-    return [module for module in loaded_modules() if not module.startswith("seqloom.recipes.") or module == name]
 
 
 def write(evidence: dict[str, Any], folder: Path) -> Path:

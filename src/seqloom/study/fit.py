@@ -11,15 +11,12 @@ import time
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from seqloom.core import Budget
 from seqloom.core.marks import marks
 from seqloom.models.backbone import Stack
-from seqloom.models.heads import TokenHead
 from seqloom.models.sequence import SequenceModel, SequenceModelLayer
-from seqloom.models.stems import TokenStem
-from seqloom.tasks import IGNORE, TokenTask, accuracy
+from seqloom.tasks import Task
 
 TEST_SEED = 10_000_019  # far from every training seed, the same rows for every arm
 
@@ -33,17 +30,6 @@ class Fit(NamedTuple):
     parameters: int
 
 
-def model_for(arm: Stack | SequenceModel, task: TokenTask) -> SequenceModel:
-    """An arm is a whole model, or a stack that gets the task's vocabulary and an untied head.
-
-    The table starts at unit variance: claims train at rates up to 2e-2, and Adam's first steps would redraw a table of
-    entries near 0.02 whole, for every arm.
-    """
-    if isinstance(arm, SequenceModel):
-        return arm
-    return SequenceModel(stem=TokenStem(vocab=task.vocab, std=1.0), stack=arm, head=TokenHead(classes=task.classes, tie=False))
-
-
 def schedule(step: int, steps: int, warmup: float) -> float:
     """Linear warm-up over the first share `warmup` of the steps, then a cosine to zero."""
     rise = max(int(steps * warmup), 1)
@@ -53,11 +39,11 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 
 def fit(
-    arm: Stack | SequenceModel, task: TokenTask, budget: Budget, *, lr: float, seed: int, device: torch.device | str = "cpu"
+    arm: Stack | SequenceModel, task: Task, budget: Budget, *, lr: float, seed: int, device: torch.device | str = "cpu"
 ) -> Fit:
-    """Train `arm` on `task` for `budget` at rate `lr`, and score it on `task.tests()`."""
+    """Train `arm`, a whole model or a stack for the task to wrap, for `budget` at rate `lr`; score it on `task.tests()`."""
     torch.manual_seed(seed)
-    model = model_for(arm, task).build().to(device)
+    model = (arm if isinstance(arm, SequenceModel) else task.wrap(arm)).build().to(device)
     groups: dict[tuple[float, bool], list] = {}
     for parameter in model.parameters():
         facts = marks(parameter)
@@ -73,10 +59,9 @@ def fit(
     started = time.perf_counter()
     model.train()
     for step in range(budget.steps):
-        ids, targets = (part.to(device) for part in task.sample(budget.batch, generator))
-        output = model(ids)
-        loss = F.cross_entropy(output.logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
-        loss = loss + sum(value.mean() for name, value in output.aux.items() if name.endswith("loss"))
+        inputs, targets = task.sample(budget.batch, generator).to(device)
+        output = model(inputs)
+        loss = task.loss(output, targets) + sum(value.mean() for name, value in output.aux.items() if name.endswith("loss"))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), budget.clip)
@@ -84,7 +69,7 @@ def fit(
             group["lr"] = group["base"] * schedule(step, budget.steps, budget.warmup)
         optimiser.step()
     seconds = time.perf_counter() - started
-    scores = {name: accuracy(model, test, seed=TEST_SEED) for name, test in task.tests().items()}
+    scores = {name: test.score(model, TEST_SEED) for name, test in task.tests().items()}
     return Fit(scores, model, seconds, count_parameters(model))
 
 

@@ -1,6 +1,6 @@
 """Tasks: data with a score."""
 
-from seqloom.tasks.base import IGNORE, Batch, TokenTask, accuracy
+from seqloom.tasks.base import IGNORE, Batch, LabelTask, SeriesTask, Task, TokenTask
 from seqloom.tasks.mechanisms import MemoryRule, OverwriteRecall
 from seqloom.tasks.synthetic import InductionHeads, LatestValueRecall, SelectiveCopy, SingleWriteRecall
 
@@ -11,11 +11,13 @@ __all__ = [
     "TASKS",
     "Batch",
     "InductionHeads",
+    "LabelTask",
     "LatestValueRecall",
     "MemoryRule",
     "OverwriteRecall",
     "SelectiveCopy",
+    "SeriesTask",
     "SingleWriteRecall",
+    "Task",
     "TokenTask",
-    "accuracy",
 ]

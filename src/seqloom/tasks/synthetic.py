@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from seqloom.tasks.base import IGNORE, Batch, TokenTask
+from seqloom.tasks.base import IGNORE, Batch, Task, TokenTask
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatestValueRecall:
+class LatestValueRecall(TokenTask):
     """Key-value writes with repeated keys, then every key is asked once: the latest value is wanted.
 
         k2 v7 k1 v3 k2 v5 | k1 -> v3   k2 -> v5
@@ -53,7 +53,7 @@ class LatestValueRecall:
         ids = torch.cat([written, asked], 1)
         return Batch(ids, torch.cat([torch.full_like(written, IGNORE), answer], 1))
 
-    def tests(self) -> Mapping[str, TokenTask]:
+    def tests(self) -> Mapping[str, Task]:
         more = {f"at_{n}_writes": replace(self, writes=n, test_writes=()) for n in self.test_writes}
         return {"score": replace(self, test_writes=()), **more}
 
@@ -64,7 +64,7 @@ def SingleWriteRecall(*, keys: int = 6, values: int = 16) -> LatestValueRecall:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _SymbolTask:
+class _SymbolTask(TokenTask):
     """A task whose answers are `symbols` equally likely symbols, scored as it is trained."""
 
     symbols: int = 16
@@ -76,9 +76,6 @@ class _SymbolTask:
     @property
     def chance(self) -> float:
         return 1 / self.symbols
-
-    def tests(self) -> Mapping[str, TokenTask]:
-        return {"score": self}
 
 
 @dataclass(frozen=True, kw_only=True)
