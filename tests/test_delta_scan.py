@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from seqloom.core import BuildContext, Info, scan
+from seqloom.core import BuildContext, Info, runnable, scan
 from seqloom.core.segments import Segments, Track, resolve
 from seqloom.kernels import delta_scan
 from seqloom.mixers import DeltaNet, GatedDeltaNet
@@ -119,21 +119,48 @@ def test_ten_thousand_transitions_never_expand():
     assert 1e-3 < torch.linalg.matrix_norm(state[0, 0], 2) <= 1 + 1e-9
 
 
-def test_several_steps_a_token_are_a_longer_stream():
-    # the token's decay goes with its first step, its query with its last ([deltaproduct] Method 4)
-    tokens, steps = 11, 3
-    q, k, v, beta, log_a = streams(tokens * steps, True)
-    first, last = torch.arange(tokens * steps) % steps == 0, torch.arange(tokens * steps) % steps == steps - 1
-    q, log_a = torch.where(last[:, None, None], q, 0.0), torch.where(first[:, None], log_a, 0.0)
-    got = delta_scan.chunked(q, k, v, beta, log_a, chunk=16).y[:, last]
-    state, want = torch.zeros(BATCH, HEADS, KEY, VALUE, dtype=torch.float64), []
+def several(tokens: int, steps: int, decay: bool) -> list[Tensor]:
+    """Streams of `steps` steps a token; in the first head beta is 2 (reflections), in the second below 1."""
+    q, k, v, beta, *log_a = streams(tokens * steps, decay)
+    beta = torch.stack([torch.full_like(beta[..., 0], 2.0), beta[..., 1] / 2, beta[..., 2]], -1)
+    return [q[:, :tokens], *(x.unflatten(1, (tokens, steps)) for x in (k, v, beta)), *(x[:, :tokens] for x in log_a)]
+
+
+@pytest.mark.parametrize("decay", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("tokens", "steps"), [(1, 2), (17, 1), (23, 3), (40, 4)])
+def test_several_steps_a_token_agree_with_the_step(tokens, steps, packed, decay):
+    inputs, state = several(tokens, steps, decay), torch.randn(BATCH, HEADS, KEY, VALUE, dtype=torch.float64)
+    segments = pattern(tokens) if packed else None
+    if packed:
+        inputs = [segments.hold(x, float("nan")) for x in inputs]
+    want = everything(recurrent, inputs, state, segments)
+    assert all(x.isfinite().all() for x in want)
+    for form in (delta_scan.parallel, *(partial(delta_scan.chunked, chunk=chunk) for chunk in (1, 5, 16, 64))):
+        for got, right in zip(everything(form, inputs, state, segments), want, strict=True):
+            torch.testing.assert_close(got, right, rtol=0, atol=1e-10)
+    weights = delta_scan.matrix(*inputs[:2], *inputs[3:], segments=segments)
+    values = (inputs[2] if segments is None else segments.hold(inputs[2])).flatten(1, 2)
+    torch.testing.assert_close(torch.einsum("bhij,bjhv->bihv", weights, values),
+                               recurrent(*inputs, state=0 * state, segments=segments).y, rtol=0, atol=1e-10)
+
+
+def test_several_steps_a_token_are_one_decay_and_a_product_of_transitions():
+    # the last step is the leftmost factor ([deltaproduct] Method 2), written out with matrices
+    tokens, steps = 7, 3
+    q, k, v, beta, log_a = several(tokens, steps, True)
+    eye, state, want = torch.eye(KEY, dtype=torch.float64), torch.zeros(KEY, VALUE, dtype=torch.float64), []
     for t in range(tokens):
-        state = log_a[:, t * steps].exp()[..., None, None] * state
-        for j in range(t * steps, (t + 1) * steps):
-            error = v[:, j] - torch.einsum("bhkv,bhk->bhv", state, k[:, j])
-            state = state + torch.einsum("bh,bhk,bhv->bhkv", beta[:, j], k[:, j], error)
-        want.append(torch.einsum("bhkv,bhk->bhv", state, q[:, j]))
-    torch.testing.assert_close(got, torch.stack(want, 1), rtol=0, atol=1e-10)
+        move, write = log_a[0, t, 2].exp() * eye, torch.zeros_like(state)
+        for j in range(steps):
+            key, value, b = k[0, t, j, 2], v[0, t, j, 2], beta[0, t, j, 2]
+            factor = eye - b * torch.outer(key, key)
+            move, write = factor @ move, factor @ write + b * torch.outer(key, value)
+        state = move @ state + write
+        want.append(state.T @ q[0, t, 2])
+    for form in (partial(recurrent, state=torch.zeros(BATCH, HEADS, KEY, VALUE, dtype=torch.float64)), delta_scan.chunked,
+                 delta_scan.parallel):
+        torch.testing.assert_close(form(q, k, v, beta, log_a).y[0, :, 2], torch.stack(want), rtol=0, atol=1e-12)
 
 
 def test_the_knockout_only_adds():
@@ -142,7 +169,8 @@ def test_the_knockout_only_adds():
     v, beta = torch.tensor([[[[2.0]], [[3.0]]]]), torch.ones(1, 2, 1)
     start = torch.zeros(1, 1, 2, 1)
     for erase, want in ((True, 3.0), (False, 5.0)):
-        for form in DeltaNet(heads=1, erase=erase).forms.values():
+        forms = DeltaNet(heads=1, erase=erase).forms
+        for form in (forms[name] for name in runnable(forms, "cpu")):
             assert form(k, k, v, beta, state=start).y[0, 1, 0, 0] == want
 
 

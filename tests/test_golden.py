@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from seqloom.core import BuildContext, runnable, use_form
+from seqloom.core import BuildContext, from_dict, runnable, use_form
 from seqloom.mixers import MIXERS
+from seqloom.models import KINDS
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -17,7 +18,8 @@ def read(key):
     with safe_open(GOLDEN / f"{key}.safetensors", "pt") as file:
         facts = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    layer = MIXERS[key](**json.loads(facts["settings"])).build(BuildContext(dim=int(facts["dim"]))).double()
+    spec = from_dict({"kind": key, **json.loads(facts["settings"])}, KINDS)
+    layer = spec.build(BuildContext(dim=int(facts["dim"]))).double()
     parameters = {name.removeprefix("layer."): value for name, value in tensors.items() if name.startswith("layer.")}
     layer.load_state_dict({name: parameters[name].reshape(value.shape) for name, value in layer.state_dict().items()})
     assert set(parameters) == set(layer.state_dict())

@@ -8,7 +8,9 @@ not inside it; each (mixer, form) is logged once a run and kept for the report.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -26,9 +28,23 @@ PREFERENCE = ("fused", "chunked", "parallel")
 
 
 def gpu_only(function: Callable) -> Callable:
-    """Mark a form that runs on CUDA devices alone."""
-    function.devices = ("cuda",)  # type: ignore[attr-defined]
+    """Mark a form written in Triton: it runs on CUDA devices where triton is installed, and with TRITON_INTERPRET=1 in the
+    environment, slowly, on the CPU. It computes in float32 at most, so that float64 never chooses it by itself."""
+    installed = importlib.util.find_spec("triton") is not None
+    interpreted = installed and os.environ.get("TRITON_INTERPRET") == "1"
+    function.devices = ("cuda",) * installed + ("cpu",) * interpreted  # type: ignore[attr-defined]
+    function.widest = torch.float32  # type: ignore[attr-defined]
     return function
+
+
+def narrow(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a form of `gpu_only` reads streams of `dtype`."""
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
+def is_exact(function: Callable, dtype: torch.dtype = torch.float64) -> bool:
+    """Does this form compute in `dtype`, or in something narrower?"""
+    return torch.promote_types(getattr(function, "widest", dtype), dtype) == getattr(function, "widest", dtype)
 
 
 @contextlib.contextmanager
@@ -53,9 +69,9 @@ def runnable(forms: Mapping[str, Callable], device: torch.device | str) -> list[
     return [name for name, function in forms.items() if kind in getattr(function, "devices", (kind,))]
 
 
-def choose(forms: Mapping[str, Callable], *, name: str, tokens: int, device: torch.device,
+def choose(forms: Mapping[str, Callable], *, name: str, tokens: int, device: torch.device, dtype: torch.dtype = torch.float32,
            layer_form: str | None = None, prefer: tuple[str, ...] = PREFERENCE) -> str:
-    """The form to run: what was asked for, or the preferred one that this device can run."""
+    """The form to run: what was asked for, or the preferred one that this device can run and that computes in `dtype`."""
     asked = _traced if torch.compiler.is_compiling() else _asked.get()
     form = asked.get(name) or asked.get("*") or layer_form
     able = runnable(forms, device)
@@ -68,14 +84,14 @@ def choose(forms: Mapping[str, Callable], *, name: str, tokens: int, device: tor
     definition = next(iter(forms))
     if tokens == 1 and definition == "recurrent":
         return definition
-    return next((form for form in prefer if form in able), definition)
+    return next((form for form in prefer if form in able and is_exact(forms[form], dtype)), definition)
 
 
 def run(forms: Mapping[str, Callable], *streams: torch.Tensor, name: str, layer_form: str | None = None,
         prefer: tuple[str, ...] = PREFERENCE, **options: Any) -> Any:
     """Compute `streams` by the chosen form of `forms`. `name` is the mixer's key in the table, for asking and logging."""
     device, tokens = streams[0].device, streams[0].shape[1]
-    form = choose(forms, name=name, tokens=tokens, device=device, layer_form=layer_form, prefer=prefer)
+    form = choose(forms, name=name, tokens=tokens, device=device, dtype=streams[0].dtype, layer_form=layer_form, prefer=prefer)
     if not torch.compiler.is_compiling():
         record(name, form, device)
     return forms[form](*streams, **options)

@@ -1,9 +1,10 @@
 """Matrix-state scan with decay: S_t = diag(a_t) S_{t-1} + k_t v_t', y_t = S_t' q_t.
 
-Carries linear attention (a = 1), retention (a constant per head), Mamba-2 (a per head and token) and gated linear
-attention (a per key channel). Streams: q, k [B, T, G, K]; v [B, T, H, V]; the logarithm of the decay, `log_a` <= 0, is
-[B, T, H] (one per head), [B, T, H, K] (one per key channel) or None (no decay). G divides H: head h reads and writes
-with query and key h // (H / G), as Mamba-2's B and C are shared.
+Carries linear attention (a = 1), retention (a constant per head), Mamba-2 (a per head and token), gated linear
+attention (a per key channel) and gated slots (a per value channel in the first of two passes, `axis="value"`:
+S_t = S_{t-1} diag(a_t) + k_t v_t'). Streams: q, k [B, T, G, K]; v [B, T, H, V]; the logarithm of the decay, `log_a` <= 0,
+is [B, T, H] (one per head), [B, T, H, K] (one per key channel; [B, T, H, V] with axis="value") or None (no decay). G
+divides H: head h reads and writes with query and key h // (H / G), as Mamba-2's B and C are shared.
 
 Weights are products of the decays between two tokens, made from sums or products over just these: a difference of
 running sums would bring in the rounding of all that came before, in other segments too. They are all <= 1.
@@ -14,7 +15,8 @@ diagonal counted once ([lion] section 3).
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,30 +25,35 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from seqloom.core.forms import gpu_only, narrow
 from seqloom.core.mixer import accumulator
 from seqloom.core.segments import Segments
 from seqloom.core.state import Mixed
 
+Axis = Literal["key", "value"]  # of the state: what a decay per channel multiplies
 SPAN = 64  # elements that a loop over states walks through, longer stretches of them side by side
 
 
 def step(state: Float[Tensor, "b h k v"], q: Float[Tensor, "b g k"], k: Float[Tensor, "b g k"],
-         v: Float[Tensor, "b h v"], log_a: Tensor | None = None) -> tuple[Tensor, Tensor]:
+         v: Float[Tensor, "b h v"], log_a: Tensor | None = None, *, axis: Axis = "key") -> tuple[Tensor, Tensor]:
     """One token, as the papers write it. This is the definition; every other form must agree with it."""
     wide, heads = state.dtype, state.shape[1]
     q, k = (_per_head(x.to(wide), heads) for x in (q, k))
     if log_a is not None:
         a = log_a.to(wide).exp()
-        state = (a[..., None] if log_a.ndim == 3 else a[..., None, None]) * state
+        if log_a.ndim == 2:
+            a = a[..., None]
+        state = (a[..., None, :] if axis == "value" else a[..., None]) * state
     state = state + k[..., :, None] * v.to(wide)[..., None, :]
     return state, (q[..., :, None] * state).sum(-2).to(v.dtype)
 
 
 def matrix(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], log_a: Tensor | None = None, *,
-           segments: Segments | None = None, bidirectional: bool = False) -> Float[Tensor, "b h t t"]:
-    """The T x T mixing weights: y = matrix @ v. For small T: an oracle and a picture, quadratic in T.
+           segments: Segments | None = None, bidirectional: bool = False, axis: Axis = "key") -> Tensor:
+    """The T x T mixing weights [B, H, T, T]: y = matrix @ v. For small T: an oracle and a picture, quadratic in T.
 
-    Without decay it has G heads, since heads that share a query and key share their weights.
+    Without decay it has G heads, since heads that share a query and key share their weights. With a decay per value
+    channel every channel has weights of its own: [B, H, V, T, T].
     """
     tokens = q.shape[1]
     wide = accumulator(q.dtype)
@@ -69,20 +76,23 @@ def matrix(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], log_a: Tens
             weight = weight + torch.where(after.transpose(1, 2), earlier[:, None], 0.0).cumsum(2)
         weight = torch.where(keep.reshape(*keep.shape, *channels), weight, -torch.inf).exp()
         q, k = (_per_head(x, log_a.shape[2]) for x in (q, k))
+        if axis == "value" and log_a.ndim == 4:
+            return einsum(einsum(q, k, "b i h k, b j h k -> b h i j"), weight, "b h i j, b i j h v -> b h v i j")
         return einsum(q, k, weight, f"b i h k, b j h k, b i j h{' k' * (log_a.ndim - 3)} -> b h i j")
 
 
 def parallel(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[Tensor, "b t h v"],
              log_a: Tensor | None = None, *, state: Float[Tensor, "b h k v"] | None = None,
-             segments: Segments | None = None, bidirectional: bool = False) -> Mixed:
+             segments: Segments | None = None, bidirectional: bool = False, axis: Axis = "key") -> Mixed:
     """By the T x T weights. Quadratic in T: an oracle, and fastest for very short sequences."""
     wide, heads = accumulator(v.dtype), v.shape[2]
+    by_value = _by_value(k, v, log_a, axis)
     q, k, values = q.to(wide), k.to(wide), v.to(wide)
     if segments is not None:
         q, k, values = segments.hold(q), segments.hold(k), segments.hold(values)
     with torch.autocast(q.device.type, enabled=False):
-        weights = _per_head(matrix(q, k, log_a, segments=segments, bidirectional=bidirectional), heads, 1)
-        y = einsum(weights, values, "b h i j, b j h v -> b i h v")
+        weights = _per_head(matrix(q, k, log_a, segments=segments, bidirectional=bidirectional, axis=axis), heads, 1)
+        y = einsum(weights, values, f"b h{' v' * by_value} i j, b j h v -> b i h v")
         if bidirectional:
             return Mixed(y.to(v.dtype))
         q, k = (_per_head(x, heads) for x in (q, k))
@@ -93,11 +103,14 @@ def parallel(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[
         since = decay.cumsum(1)                                                            # of tokens 0..t
         until = F.pad(decay[:, 1:], (0, 0, 0, 0, 0, 1)).flip(1).cumsum(1).flip(1)          # of tokens t+1..T-1
         kept = (run == run[:, -1:])[..., None, None]
-        new = einsum(torch.where(kept, k * until.exp(), 0.0), values, "b t h k, b t h v -> b h k v")
+        until, since = torch.where(kept, until.exp(), 0.0), since.exp()
+        k, values = (k, values * until) if by_value else (k * until, values)
+        new = einsum(k, values, "b t h k, b t h v -> b h k v")
         if state is not None:
-            reads = (run == 0)[..., None, None]
-            y = y + einsum(torch.where(reads, q * since.exp(), 0.0), state, "b t h k, b h k v -> b t h v")
-            last = since[:, -1].exp()[..., None]
+            late = torch.where((run == 0)[..., None, None], since, 0.0)
+            read = einsum(q if by_value else q * late, state, "b t h k, b h k v -> b t h v")
+            y = y + (read * late if by_value else read)
+            last = since[:, -1, :, None] if by_value else since[:, -1, :, :, None]
             new = new + torch.where((run[:, -1] == 0)[:, None, None, None], last * state, 0.0)
     y = y.to(v.dtype)
     return Mixed(y if segments is None else segments.hold(y), new)
@@ -105,7 +118,7 @@ def parallel(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[
 
 def chunked(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[Tensor, "b t h v"],
             log_a: Tensor | None = None, *, state: Float[Tensor, "b h k v"] | None = None,
-            segments: Segments | None = None, chunk: int = 64, diagonal: bool = True) -> Mixed:
+            segments: Segments | None = None, chunk: int = 64, diagonal: bool = True, axis: Axis = "key") -> Mixed:
     """By chunks: masked products inside, one state per chunk between. Linear in T in time and memory.
 
     A chunk is one masked matrix product, and one [K, V] write to the state that goes from chunk to chunk. Gradients are
@@ -115,13 +128,13 @@ def chunked(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[T
     """
     batch, tokens, groups, key = q.shape
     heads, dtype, wide = v.shape[2], v.dtype, accumulator(v.dtype)
-    shared = _sharing(groups, heads)
+    shared, by_value = _sharing(groups, heads), _by_value(k, v, log_a, axis)
     vector = log_a is not None and log_a.ndim == 4
     chunk = tokens if tokens < chunk else chunk
     if vector:  # blocks are joined in pairs
         chunk = 1 << (chunk - 1).bit_length()
     extra = -tokens % chunk
-    if vector and shared > 1:  # decays differ by head inside every product, so that nothing is left to share
+    if vector and shared > 1 and not by_value:  # decays differ by head inside every product: nothing is left to share
         q, k, groups, shared = _per_head(q, heads), _per_head(k, heads), heads, 1
     same = reads = None
     if segments is not None:
@@ -141,7 +154,8 @@ def chunked(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[T
     start = v.new_zeros(batch, heads, key, v.shape[-1], dtype=wide) if state is None else state.to(wide)
     start = rearrange(start, "b (g r) k v -> b g k (r v)", g=groups)
     if log_a is not None and vector:
-        y, new, _ = _channels(split(q), split(k), split(v), split(log_a), start.contiguous(), same, reads, diagonal)
+        scan = _values if by_value else _channels
+        y, new, _ = scan(split(q), split(k), split(v), split(log_a), start.contiguous(), same, reads, diagonal)
     else:
         decay = None if log_a is None else rearrange(split(log_a[..., None]), "b n g c r -> b n g r c").contiguous()
         y, new = _Heads.apply(split(q), split(k), split(v), decay, start, same, reads, diagonal)
@@ -150,13 +164,32 @@ def chunked(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[T
     return Mixed((y[:, :tokens] if extra else y).to(dtype), new)
 
 
+@gpu_only
+def fused(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[Tensor, "b t h v"],
+          log_a: Tensor | None = None, *, state: Float[Tensor, "b h k v"] | None = None,
+          segments: Segments | None = None, diagonal: bool = True) -> Mixed:
+    """As `chunked`, by Triton kernels: matrix products in the streams' dtype, sums and states in float32."""
+    from seqloom.kernels.triton import decay_scan  # lazy: the package runs without Triton
+
+    heads, dtype, low = v.shape[2], v.dtype, narrow(v.dtype)
+    _sharing(q.shape[2], heads)
+    if log_a is not None and log_a.ndim == 4:  # decays differ by head inside every product: nothing is left to share
+        q, k = _per_head(q, heads), _per_head(k, heads)
+    start = v.new_zeros(v.shape[0], heads, q.shape[-1], v.shape[-1], dtype=torch.float32) if state is None else state.float()
+    code = None if segments is None else (2 * segments.run + segments.real).to(torch.int32)
+    q, k, v = (x.to(low).contiguous() for x in (q, k, v))
+    log_a = None if log_a is None else log_a.to(narrow(log_a.dtype)).contiguous()
+    y, new = decay_scan.launch(q, k, v, log_a, start.contiguous(), code, diagonal=diagonal)
+    return Mixed(y.to(dtype), new.to(accumulator(dtype)))
+
+
 def bidirectional(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None = None, *, state: None = None,
-                  segments: Segments | None = None, chunk: int = 64) -> Mixed:
-    """Both directions by two chunked passes, the second over the flipped sequence without its diagonal."""
-    ahead = chunked(q, k, v, log_a, segments=segments, chunk=chunk)
+                  segments: Segments | None = None, form: Callable[..., Mixed] = chunked, **options: Any) -> Mixed:
+    """Both directions by two passes of `form`, the second over the flipped sequence without its diagonal."""
+    ahead = form(q, k, v, log_a, segments=segments, **options)
     flipped = None if segments is None else flip(segments)
     later = None if log_a is None else log_a.flip(1)
-    behind = chunked(q.flip(1), k.flip(1), v.flip(1), later, segments=flipped, chunk=chunk, diagonal=False)
+    behind = form(q.flip(1), k.flip(1), v.flip(1), later, segments=flipped, diagonal=False, **options)
     return Mixed(ahead.y + behind.y.flip(1))
 
 
@@ -425,6 +458,111 @@ def _part(dlate: Tensor, dearly: Tensor, dwhole: Tensor, dscores: Tensor, levels
     return dlate, dearly, dwhole
 
 
+@torch.library.custom_op("seqloom::decay_scan_values", mutates_args=(), schema=(
+    "(Tensor q, Tensor k, Tensor v, Tensor log_a, Tensor start, Tensor? same, Tensor? reads, bool diagonal)"
+    " -> (Tensor, Tensor, Tensor)"))
+def _values(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, start: Tensor, same: Tensor | None, reads: Tensor | None,
+            diagonal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Chunks [b n g c .] with one decay per value channel, log_a [b n g c (r v)].
+
+    The products of queries and keys bear no weights, so that the heads of a group share them, whatever their decays. The
+    weights go on what they multiply: where two blocks are joined, on values until the first one's end and on outputs since
+    the second one's start ([gated-slot-attention] Method 3; decays of value channels are products as in `_channels`).
+    Returns y, the state after the last chunk and those before each.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        y, late, early, whole, _ = _spread(_inside(q @ k.mT, same, diagonal), v, log_a.exp())
+        if same is not None and reads is not None:
+            late, early, whole = _bound(late, early, whole, same, reads)
+        before, new = _carry(whole[..., None, :], k.mT @ early, start)
+        return y.addcmul_(late, q @ before), new, before
+
+
+@_values.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, start: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(v), torch.empty_like(start), v.new_empty(*v.shape[:3], k.shape[-1], v.shape[-1])
+
+
+@torch.library.custom_op("seqloom::decay_scan_values_backward", mutates_args=(), schema=(
+    "(Tensor dy, Tensor dnew, Tensor q, Tensor k, Tensor v, Tensor log_a, Tensor before, Tensor? same, Tensor? reads,"
+    " bool diagonal) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"))
+def _values_backward(dy: Tensor, dnew: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, before: Tensor,
+                     same: Tensor | None, reads: Tensor | None,
+                     diagonal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_a and start in `_values`."""
+    with torch.autocast(q.device.type, enabled=False):
+        a, scores = log_a.exp(), _inside(q @ k.mT, same, diagonal)
+        _, late, early, whole, levels = _spread(scores, v, a, keep=True)
+        if same is not None and reads is not None:
+            late, early, whole = _bound(late, early, whole, same, reads)
+        outer = late * dy
+        after, dstart = _carry(whole.flip(1)[..., None, :], (q.mT @ outer).flip(1), dnew)
+        after = after.flip(1)
+        dlate, dearly, dwhole = dy * (q @ before), k @ after, (before * after).sum(-2)
+        if same is not None and reads is not None:
+            dlate, dearly, dwhole = _bound(dlate, dearly, dwhole, same, reads)
+        da, dv, dscores = _collect(dlate, dearly, dwhole, scores, dy, levels)
+        dscores.diagonal(dim1=-2, dim2=-1).copy_((dy * v).sum(-1))
+        dv.addcmul_(scores.diagonal(dim1=-2, dim2=-1)[..., None], dy)
+        dscores = _inside(dscores, same, diagonal)
+        dq = (outer @ before.mT).add_(dscores @ k)
+        dk = (early @ after.mT).add_(dscores.mT @ q)
+        return dq, dk, dv, da.mul_(a), dstart
+
+
+@_values_backward.register_fake
+def _(dy: Tensor, dnew: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return *(torch.empty_like(x) for x in (q, k, v, log_a)), torch.empty_like(dnew)
+
+
+def _back_values(ctx: Any, dy: Tensor, dnew: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return *_values_backward(dy.contiguous(), dnew.contiguous(), *ctx.saved_tensors, ctx.diagonal), None, None, None
+
+
+_values.register_autograd(_back_values, setup_context=_keep)
+
+
+def _inside(scores: Tensor, same: Tensor | None, diagonal: bool) -> Tensor:
+    """Scores [b n g i j], in place: 0 where causality or a boundary forbids the pair."""
+    scores = scores.tril_(0 if diagonal else -1)
+    return scores if same is None else scores.masked_fill_(~same[:, :, None], 0.0)
+
+
+def _spread(scores: Tensor, v: Tensor, a: Tensor, keep: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, list]:
+    """y [b n g c v] = sum_j scores_ij (product of a over s = j+1..i) v_j by joining blocks in pairs, the decays since the
+    chunk's start, v times those until its end, and the decay over all of it [b n g v]; with `keep`, what each level
+    multiplied, for `_collect`."""
+    y = scores.diagonal(dim1=-2, dim2=-1)[..., None] * v
+    late, early, whole, levels, size = a.clone(), v.clone(), a, [], 1
+    while size < v.shape[-2]:
+        right, left = (x.unflatten(-2, (-1, 2, size))[..., i, :, :] for x, i in ((late, 1), (early, 0)))
+        first, second = whole.unflatten(-2, (-1, 2)).unbind(-2)
+        y.unflatten(-2, (-1, 2, size))[..., 1, :, :].addcmul_(right, _corner(scores, size) @ left)
+        if keep:
+            levels.append((right.clone(), left.clone(), first, second))
+        right.mul_(first[..., None, :])
+        left.mul_(second[..., None, :])
+        whole = first * second
+        size *= 2
+    return y, late, early, whole[..., 0, :], levels
+
+
+def _collect(dlate: Tensor, dearly: Tensor, dwhole: Tensor, scores: Tensor, dy: Tensor,
+             levels: list) -> tuple[Tensor, Tensor, Tensor]:
+    """The adjoint of `_spread` at its first level: gradients of a and v (in place of dlate and dearly), and of the scores."""
+    dwhole, dscores = dwhole[..., None, :], torch.zeros_like(scores)
+    for right, left, first, second in reversed(levels):
+        size = right.shape[-2]
+        dright, dleft, out = (x.unflatten(-2, (-1, 2, size))[..., i, :, :] for x, i in ((dlate, 1), (dearly, 0), (dy, 1)))
+        parts = torch.stack([dwhole * second + (dright * right).sum(-2), dwhole * first + (dleft * left).sum(-2)], -2)
+        dwhole = parts.flatten(-3, -2)
+        cross, outer = _corner(scores, size), out * right
+        _corner(dscores, size).copy_(outer @ left.mT)
+        dright.mul_(first[..., None, :]).addcmul_(out, cross @ left)
+        dleft.mul_(second[..., None, :]).add_(cross.mT @ outer)
+    return dlate.add_(dwhole), dearly, dscores
+
+
 def _corner(scores: Tensor, size: int) -> Tensor:
     """Of scores [.. c c], the blocks [.. c/2s s s] in which the second s tokens of every 2s meet the first s, a view."""
     blocks = scores.unflatten(-1, (-1, 2 * size)).unflatten(-3, (-1, 2 * size)).diagonal(dim1=-4, dim2=-2)  # [.. i j block]
@@ -442,6 +580,21 @@ def _per_head(x: Tensor, heads: int, dim: int = -2) -> Tensor:
     """The G groups of x repeated to H heads: head h takes group h // (H / G)."""
     shared = _sharing(x.shape[dim], heads)
     return x if shared == 1 else x.repeat_interleave(shared, dim)
+
+
+def _by_value(k: Tensor, v: Tensor, log_a: Tensor | None, axis: Axis) -> bool:
+    """Whether decays act on the value axis, channel by channel.
+
+    Raises: ValueError for an unknown axis, or for decays of another number of channels than that axis has.
+    """
+    if axis not in ("key", "value"):
+        raise ValueError(f"decays act on axis 'key' or 'value' of the state, not {axis!r}")
+    if log_a is None or log_a.ndim == 3:
+        return False
+    wanted = (v if axis == "value" else k).shape[-1]
+    if log_a.shape[-1] != wanted:
+        raise ValueError(f"decays on the {axis} axis need {wanted} channels, found {log_a.shape[-1]}")
+    return axis == "value"
 
 
 def _sharing(groups: int, heads: int) -> int:

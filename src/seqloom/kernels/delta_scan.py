@@ -4,9 +4,12 @@
 
 The decay comes first: with S = a_t S_{t-1}, S_t = S + b_t k_t (v_t - S' k_t)'. It is one step of size b_t down the
 gradient of |S' k_t - v_t|^2 / 2 from the decayed state. Carries DeltaNet (no decay) and gated DeltaNet (one decay per
-head and token). Several steps a token are the same scan over a longer stream whose extra queries are 0.
-Streams: q, k [B, T, H, K], v [B, T, H, V], beta [B, T, H], log_a = log of the decay, <= 0, [B, T, H] or None.
-It is stable where b_t |k_t|^2 lies in [0, 2], so keys are normalised by the caller.
+head and token). Streams: q, k [B, T, H, K], v [B, T, H, V], beta [B, T, H], log_a = log of the decay, <= 0, [B, T, H] or None.
+It is stable where b_t |k_t|^2 lies in [0, 2], so keys are normalised by the caller; above 1 the transition reflects: its
+eigenvalue along k_t is negative.
+
+A token may take n steps (DeltaProduct): with k [B, T, n, H, K], v [B, T, n, H, V] and beta [B, T, n, H] the decay comes
+before the first step and the query reads after the last one. This is the same scan over n T tokens (`interleave`).
 
 Inside a stretch of tokens that starts from state S_0, with L the running sum of log decays, the written rows
 u_t = b_t (v_t - a_t S_{t-1}' k_t) solve one unit lower triangular system, and everything else is linear in them:
@@ -29,30 +32,54 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from seqloom.core.forms import gpu_only, narrow
 from seqloom.core.mixer import accumulator
 from seqloom.core.scan import carry
 from seqloom.core.segments import Segments
 from seqloom.core.state import Mixed
 
 
-def step(state: Float[Tensor, "b h k v"], q: Float[Tensor, "b h k"], k: Float[Tensor, "b h k"], v: Float[Tensor, "b h v"],
-         beta: Float[Tensor, "b h"], log_a: Float[Tensor, "b h"] | None = None) -> tuple[Tensor, Tensor]:
+def step(state: Float[Tensor, "b h k v"], q: Float[Tensor, "b h k"], k: Float[Tensor, "b *n h k"],
+         v: Float[Tensor, "b *n h v"], beta: Float[Tensor, "b *n h"],
+         log_a: Float[Tensor, "b h"] | None = None) -> tuple[Tensor, Tensor]:
     """One token, as the papers write it. This is the definition; every other form must agree with it."""
     wide = state.dtype
     if log_a is not None:
         state = log_a.to(wide).exp()[..., None, None] * state
-    key = k.to(wide)[..., :, None]
-    error = v.to(wide) - (key * state).sum(-2)
-    state = state + key * (beta.to(wide)[..., None] * error)[..., None, :]
+    steps = [(k, v, beta)] if k.ndim == 3 else zip(k.unbind(1), v.unbind(1), beta.unbind(1), strict=True)
+    for k, v, beta in steps:
+        key = k.to(wide)[..., :, None]
+        error = v.to(wide) - (key * state).sum(-2)
+        state = state + key * (beta.to(wide)[..., None] * error)[..., None, :]
     return state, (q.to(wide)[..., :, None] * state).sum(-2).to(v.dtype)
 
 
-def matrix(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b t h k"], beta: Float[Tensor, "b t h"],
-           log_a: Float[Tensor, "b t h"] | None = None, *, segments: Segments | None = None) -> Float[Tensor, "b h t t"]:
+def interleave(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b t n h k"], v: Tensor | None, beta: Float[Tensor, "b t n h"],
+               log_a: Float[Tensor, "b t h"] | None,
+               segments: Segments | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Segments | None]:
+    """n steps a token as the same streams over n T tokens, of which every n-th output is wanted.
+
+    A token's decay goes with its first step, its query with its last; the other queries and log decays are 0, and all of a
+    token's steps are of its segment. v and beta may be anything that is laid out so. Source: [deltaproduct] Method 4.
+    """
+    n = k.shape[2]
+    q = F.pad(q[:, :, None], (0, 0, 0, 0, n - 1, 0)).flatten(1, 2)
+    log_a = None if log_a is None else F.pad(log_a[:, :, None], (0, 0, 0, n - 1)).flatten(1, 2)
+    if segments is not None:
+        segments = Segments(*(x.repeat_interleave(n, 1) for x in segments))
+    return q, k.flatten(1, 2), None if v is None else v.flatten(1, 2), beta.flatten(1, 2), log_a, segments
+
+
+def matrix(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b t *n h k"], beta: Float[Tensor, "b t *n h"],
+           log_a: Float[Tensor, "b t h"] | None = None, *, segments: Segments | None = None) -> Float[Tensor, "b h t s"]:
     """The T x T mixing weights: from a fresh state, y = matrix @ v. Cubic in T: an oracle and a picture.
 
+    With n steps a token it is T x n T: a column for each write, v's rows in the order of `interleave`.
     Source: [deltanet] Method 5: lower(Q K') (I + A)^{-1} diag(b).
     """
+    if k.ndim == 5:
+        q, *long, apart = interleave(q, k, None, beta, log_a, segments)
+        return matrix(q, long[0], *long[2:], segments=apart)[:, :, k.shape[2] - 1 :: k.shape[2]]
     wide = accumulator(q.dtype)
     if segments is not None:
         q, k, beta = (segments.hold(x) for x in (q, k, beta))
@@ -63,10 +90,14 @@ def matrix(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b t h k"], beta: Float
         return scores @ torch.linalg.solve_triangular(system, b, upper=False, unitriangular=True)
 
 
-def parallel(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b t h k"], v: Float[Tensor, "b t h v"],
-             beta: Float[Tensor, "b t h"], log_a: Float[Tensor, "b t h"] | None = None, *,
+def parallel(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b t *n h k"], v: Float[Tensor, "b t *n h v"],
+             beta: Float[Tensor, "b t *n h"], log_a: Float[Tensor, "b t h"] | None = None, *,
              state: Float[Tensor, "b h k v"] | None = None, segments: Segments | None = None) -> Mixed:
     """By one triangular system over all T tokens. Quadratic in T: an oracle, and good for very short sequences."""
+    if k.ndim == 5:
+        *streams, apart = interleave(q, k, v, beta, log_a, segments)
+        y, state, _ = parallel(*streams, state=state, segments=apart)
+        return Mixed(y[:, k.shape[2] - 1 :: k.shape[2]], state)
     dtype, wide = v.dtype, accumulator(v.dtype)
     if segments is not None:
         q, k, v, beta = (segments.hold(x) for x in (q, k, v, beta))
@@ -91,16 +122,24 @@ def parallel(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b t h k"], v: Float[
     return Mixed(y if segments is None else segments.hold(y), new)
 
 
-def chunked(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b t h k"], v: Float[Tensor, "b t h v"],
-            beta: Float[Tensor, "b t h"], log_a: Float[Tensor, "b t h"] | None = None, *,
+def chunked(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b t *n h k"], v: Float[Tensor, "b t *n h v"],
+            beta: Float[Tensor, "b t *n h"], log_a: Float[Tensor, "b t h"] | None = None, *,
             state: Float[Tensor, "b h k v"] | None = None, segments: Segments | None = None,
             chunk: int = 64, group: int = 8) -> Mixed:
     """By chunks: one small triangular system each, their [K, K] transitions joined by a prefix. Linear in T.
 
     Gradients are written by hand (first order): the backward pass keeps eight streams and makes the C x C weights anew.
-    `chunk` is the number of tokens in a chunk, `group` that of chunks in a group of `core.scan.carry`.
+    `chunk` is the number of steps in a chunk, `group` that of chunks in a group of `core.scan.carry`.
     Source: [deltanet] Method 4, with decay; computed in float32 or wider whatever the streams' dtype.
     """
+    if k.ndim == 5:
+        tokens, n = k.shape[1:3]
+        *streams, apart = interleave(q, k, v, beta, log_a, segments)
+        if extra := -tokens % chunk if tokens > chunk else 0:  # whole chunks of tokens, so that near lengths share a graph
+            streams = [x if x is None else F.pad(x, (0, 0) * (x.ndim - 2) + (0, extra * n)) for x in streams]
+            apart = None if apart is None else apart.pad(extra * n)
+        y, state, _ = chunked(*streams, state=state, segments=apart, chunk=chunk, group=group)
+        return Mixed(y[:, n - 1 : n * tokens : n], state)
     batch, tokens, heads, key = q.shape
     dtype, wide = v.dtype, accumulator(v.dtype)
     chunk = min(chunk, tokens)
@@ -121,6 +160,28 @@ def chunked(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b t h k"], v: Float[T
     total = None if log_a is None else _running(split(log_a[..., None]), keep)
     y, new = _Chunks.apply(q, k, v, beta, total, start, keep, reads, writes, alive, group)
     return Mixed(rearrange(y, "b n h c v -> b (n c) h v")[:, :tokens].to(dtype), new)
+
+
+@gpu_only
+def fused(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b t *n h k"], v: Float[Tensor, "b t *n h v"],
+          beta: Float[Tensor, "b t *n h"], log_a: Float[Tensor, "b t h"] | None = None, *,
+          state: Float[Tensor, "b h k v"] | None = None, segments: Segments | None = None) -> Mixed:
+    """As `chunked`, by Triton kernels: matrix products in the streams' dtype, sums and states in float32.
+
+    Keys and values of up to 256 per head. Every gradient is deterministic, and first order. Shapes: as `chunked`.
+    """
+    from seqloom.kernels.triton import delta_scan  # lazy: the package runs without Triton
+
+    if k.ndim == 5:
+        *streams, apart = interleave(q, k, v, beta, log_a, segments)
+        y, state, _ = fused(*streams, state=state, segments=apart)
+        return Mixed(y[:, k.shape[2] - 1 :: k.shape[2]], state)
+    dtype, low = v.dtype, narrow(torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype))
+    code = None if segments is None else (2 * segments.run + segments.real).to(torch.int32)
+    q, k, v = (x.to(low) for x in (q, k, v))
+    beta, log_a = beta.to(narrow(beta.dtype)), None if log_a is None else log_a.to(narrow(log_a.dtype))
+    y, new = delta_scan.launch(q, k, v, beta, log_a, None if state is None else state.float().contiguous(), code)
+    return Mixed(y.to(dtype), new.to(accumulator(dtype)))
 
 
 def _whole(q: Tensor, k: Tensor, beta: Tensor, log_a: Tensor | None,

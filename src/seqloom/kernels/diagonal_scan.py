@@ -10,12 +10,14 @@ conj(h_{t-1}).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from seqloom.core.forms import gpu_only, narrow
 from seqloom.core.mixer import accumulator
 from seqloom.core.segments import Segments
 from seqloom.core.state import Mixed
@@ -77,9 +79,47 @@ def chunked(a: Shaped[Tensor, "b t ..."], b: Shaped[Tensor, "b t ..."], *, state
     return Mixed(h if segments is None else segments.hold(h), last)
 
 
+@gpu_only
+def fused(a: Shaped[Tensor, "b t ..."], b: Shaped[Tensor, "b t ..."], *, state: Tensor | None = None,
+          segments: Segments | None = None) -> Mixed:
+    """One Triton kernel over parts of T side by side, with states in float32. Every gradient is deterministic.
+
+    Complex decays are turned away first: with Phi_t the sum of the angles of a, e^{-i Phi_t} h_t has the real decays |a_t|.
+    """
+    from seqloom.kernels.triton import diagonal_scan  # lazy: the package runs without Triton
+
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    wide, shape = accumulator(dtype), torch.broadcast_shapes(a.shape, b.shape)
+    a, b = a.expand(shape), b.expand(shape)
+    turn = None
+    if dtype.is_complex:
+        if segments is not None:
+            a, b = segments.hold(a, 1.0), segments.hold(b)
+        # the sum in float64: an angle of thousands of radians has few digits left in float32
+        turn = torch.polar(torch.ones_like(a.real), a.angle().double().cumsum(1).remainder(2 * torch.pi).to(a.real.dtype))
+        a, b = torch.cat([a.abs()] * 2, -1), _parts(b * turn.conj())
+        state = None if state is None else _parts(state)
+    low, real = narrow(b.dtype), b.shape
+    a, b = (x.to(low).reshape(*real[:2], -1).contiguous() for x in (a, b))
+    start = b.new_zeros(b[:, 0].shape, dtype=torch.float32) if state is None else state.reshape(b[:, 0].shape).float().contiguous()
+    code = None if segments is None else torch.where(segments.real, 1 + segments.starts().to(torch.int8), 0).to(torch.int8)
+    h, last = diagonal_scan.launch(a, b, start, code)
+    h, last = h.reshape(real), last.reshape(real[0], *real[2:])
+    if turn is not None:
+        h, last = (torch.complex(*x.to(torch.empty(0, dtype=wide).real.dtype).chunk(2, -1)) for x in (h, last))
+        h, last = h * turn, last * turn[:, -1]
+    h, last = h.to(dtype), last.to(wide)
+    return Mixed(h if segments is None else segments.hold(h), last)
+
+
+def _parts(numbers: Tensor) -> Tensor:
+    return torch.cat([numbers.real, numbers.imag], -1)
+
+
 def both_ways(form: Callable[..., Mixed]) -> Callable[..., Mixed]:
     """`form` over the sequence and over its flip, summed: h_t + the state that a scan from the end has at t."""
 
+    @wraps(form, assigned=())
     def run(a: Tensor, b: Tensor, *, state: None = None, segments: Segments | None = None, **options: Any) -> Mixed:
         ahead = form(a, b, state=None, segments=segments, **options).y
         flipped = None if segments is None else flip(segments)

@@ -320,7 +320,7 @@ def kernel(tokens: int, *, log_a: Complex[Tensor, "d n"], b: Complex[Tensor, "d 
 
 def _readout(h: Complex[Tensor, "b d n"], tokens: int, *, log_a: Tensor, c: Tensor) -> Float[Tensor, "b t d"]:
     """What a state gives to the T tokens after it, y_t = 2 Re(c' Abar^(t+1) h) for t = 0 .. T - 1."""
-    size, near, many = _grid(tokens)
+    size, near, many = _grid(tokens, h.shape[0])
     far = _powers(log_a * size, torch.ones_like(c), near, many)[:, :, None] * h.transpose(0, 1)[:, None]
     y = torch.view_as_real(far).flatten(-2).flatten(1, 2) @ _reads(log_a, c * _exp(log_a, 1), size).transpose(1, 2)
     return _tokens(y, h.shape[0])[:, :tokens]
@@ -329,9 +329,11 @@ def _readout(h: Complex[Tensor, "b d n"], tokens: int, *, log_a: Tensor, c: Tens
 def _summary(u: Float[Tensor, "b t d"], *, log_a: Tensor, b: Tensor) -> Complex[Tensor, "b d n"]:
     """The state after T tokens from nothing: sum_t Abar^(T-1-t) b u_t."""
     tokens = u.shape[1]
-    size, near, many = _grid(tokens)
+    size, near, many = _grid(tokens, u.shape[0])
     x = _chunks(F.pad(u, (0, 0, size * near * many - tokens, 0)), size)
     part = _columns(x @ _writes(log_a, b, size)).unflatten(1, (-1, u.shape[0]))
+    if near * many == 1:
+        return part[:, 0].transpose(0, 1)
     far = _powers(log_a * size, torch.ones_like(b), near, many, reverse=True)
     return (part * far[:, :, None]).sum(1).transpose(0, 1)
 
@@ -459,8 +461,14 @@ def _exp(log_a: Complex[Tensor, "..."], times: int | Tensor) -> Complex[Tensor, 
     return torch.polar((log_a.real * times).exp(), log_a.imag * times)
 
 
-def _grid(tokens: int) -> tuple[int, int, int]:
-    """(size, near, many): T tokens as near * many chunks of `size`, about sqrt(T) each, the last ones partly empty."""
+def _grid(tokens: int, batch: int = 1) -> tuple[int, int, int]:
+    """(size, near, many): T tokens as near * many chunks of `size`, about sqrt(T) each, the last ones partly empty.
+
+    A table of powers has `size` rows, and every chunk of every sequence of the batch has states of its own: many short
+    sequences are one chunk each.
+    """
+    if tokens <= CHUNK and batch >= 8:
+        return 1 << (tokens - 1).bit_length(), 1, 1
     size = _root(tokens)
     near = _root(size)
     return size, near, -(-tokens // (size * near))

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from seqloom.core import BadInput, BuildContext, Info, Mixer, Spec, near, runnable
+from seqloom.core import BadInput, BuildContext, Info, Mixer, Spec, is_exact, near, runnable
 from seqloom.core.marks import cast
 from seqloom.mixers import MIXERS
 
 WIDTH = 32
+EXACT, SINGLE = 1e-10, 2e-4  # what float64 and float32 leave between two ways of computing one thing, relative to its largest value
 
 
 class Case(NamedTuple):
@@ -34,6 +35,11 @@ class Case(NamedTuple):
     def forms(self, device: str) -> list[str]:
         """Names of the forms that run on `device`, the definition first."""
         return runnable(self.spec.forms, device)
+
+    def limit(self, form: str) -> float:
+        """How far apart two ways of computing one thing may be in float64, relative to its largest value: where `form`
+        computes in float32, what that leaves."""
+        return EXACT if is_exact(self.spec.forms[form]) else SINGLE
 
 
 def cases(mixers: Iterable[str] | None = None, table: Mapping[str, type[Spec]] = MIXERS) -> list[Case]:

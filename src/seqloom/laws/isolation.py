@@ -32,10 +32,10 @@ def future(case: Case, device: str) -> Iterator[Measure]:
                     y = layer(leaf, info=info(given)).y
                     with torch.no_grad():
                         moved = layer(changed, info=info(changed_given)).y
-                    yield Measure(f"{name}, {setting}, t={t}", gap(moved[:, :t], y[:, :t]), observe.EXACT)
+                    yield Measure(f"{name}, {setting}, t={t}", gap(moved[:, :t], y[:, :t]), case.limit(name))
                     (back,) = torch.autograd.grad((y[:, :t] * other[:, :t]).sum(), leaf)
                     scale = back[:, :t].abs().max().clamp(min=observe.FLOOR)
-                    yield Measure(f"{name}, {setting}, gradient, t={t}", float(back[:, t:].abs().max() / scale), observe.EXACT)
+                    yield Measure(f"{name}, {setting}, gradient, t={t}", float(back[:, t:].abs().max() / scale), case.limit(name))
 
 
 # Ways to put 66 tokens among 8 pads; every row has its own.
@@ -81,7 +81,7 @@ def _padded(case: Case, device: str, fill: float) -> Iterator[Measure]:
                 want = watch(layer, lambda x, ids=given: bare(ids, x), x)
                 got = watch(layer, lambda x, ids=ids: padded(ids, x), x)
                 want["y at pads"] = torch.zeros(5, length, WIDTH, dtype=x.dtype, device=device)
-                yield compare(f"{name}, {setting}", got, want)
+                yield compare(f"{name}, {setting}", got, want, case.limit(name))
 
 
 def _as_they_are(original: Any, *streams: Tensor, **options: Any) -> Any:
@@ -133,7 +133,7 @@ def packing(case: Case, device: str) -> Iterator[Measure]:
 
     for name in case.forms(device):
         with observe.form(name):
-            yield compare(name, watch(layer, packed, x), watch(layer, separate, x))
+            yield compare(name, watch(layer, packed, x), watch(layer, separate, x), case.limit(name))
 
 
 def batch_slot(case: Case, device: str) -> Iterator[Measure]:
@@ -148,13 +148,13 @@ def batch_slot(case: Case, device: str) -> Iterator[Measure]:
                 (gradient,) = torch.autograd.grad((y * x).sum(), leaf)
                 again = layer(x[order], info=info(None if given is None else given[order]))
                 with torch.no_grad():
-                    yield Measure(f"{name}, {setting}, permuted", gap(again.y, y[order]), observe.EXACT)
+                    yield Measure(f"{name}, {setting}, permuted", gap(again.y, y[order]), case.limit(name))
                     for row in range(5):
                         alone = layer(x[row : row + 1], info=info(None if given is None else given[row : row + 1]))
-                        yield Measure(f"{name}, {setting}, row {row} alone", gap(alone.y, y[row : row + 1]), observe.EXACT)
+                        yield Measure(f"{name}, {setting}, row {row} alone", gap(alone.y, y[row : row + 1]), case.limit(name))
                 # rows may not reach each other's gradient either
                 (own,) = torch.autograd.grad((layer(leaf, info=info(given)).y[2] * x[2]).sum(), leaf)
-                yield Measure(f"{name}, {setting}, gradient of one row", gap(own[2], gradient[2]), observe.EXACT)
+                yield Measure(f"{name}, {setting}, gradient of one row", gap(own[2], gradient[2]), case.limit(name))
                 others = torch.cat([own[:2], own[3:]])
                 yield Measure(f"{name}, {setting}, gradient in other rows", float(others.abs().max()), 0.0)
 

@@ -13,10 +13,9 @@ from torch.utils import _pytree as pytree
 
 from seqloom.core import Mixer, State, use_form
 from seqloom.core.state import leaves
-from seqloom.laws.cases import WIDTH, draw
+from seqloom.laws.cases import EXACT, WIDTH, draw
 from seqloom.laws.law import Measure
 
-EXACT = 1e-10  # what float64 leaves between two ways of computing one thing, relative to its largest value
 FLOOR = 1e-6   # values below this are compared absolutely: all inputs and cotangents have unit scale
 
 

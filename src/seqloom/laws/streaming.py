@@ -48,7 +48,8 @@ def resume(case: Case, device: str) -> Iterator[Measure]:
             with observe.form(name):
                 whole = watch_pieces(layer, x, ids, ())
                 for cuts in CUTS:
-                    yield compare(f"{name}, {setting}, cut at {cuts}", watch_pieces(layer, x, ids, cuts), whole)
+                    yield compare(f"{name}, {setting}, cut at {cuts}", watch_pieces(layer, x, ids, cuts), whole,
+                                  case.limit(name))
 
 
 def step_by_step(case: Case, device: str) -> Iterator[Measure]:
@@ -65,7 +66,7 @@ def step_by_step(case: Case, device: str) -> Iterator[Measure]:
     for name in case.forms(device):
         with observe.form(name):
             whole, steps = (watch_pieces(layer, short, ids, cuts) for cuts in ((), range(1, 12)))
-            yield compare(f"{name}, gradients", steps, whole)
+            yield compare(f"{name}, gradients", steps, whole, case.limit(name))
 
 
 def canonical_state(case: Case, device: str) -> Iterator[Measure]:
@@ -79,10 +80,11 @@ def canonical_state(case: Case, device: str) -> Iterator[Measure]:
             want = tensors(layer(x, state=entering, info=info(ids)).state)
         for name in case.forms(device):
             with observe.form(name):
-                yield compare(f"{name}, whole", tensors(layer(x, state=entering, info=info(ids)).state), want)
-                yield compare(f"{name}, cut", tensors(in_pieces(layer, x, ids, (7, 64, 65), entering)[1]), want)
+                yield compare(f"{name}, whole", tensors(layer(x, state=entering, info=info(ids)).state), want, case.limit(name))
+                yield compare(f"{name}, cut", tensors(in_pieces(layer, x, ids, (7, 64, 65), entering)[1]), want,
+                              case.limit(name))
                 padded = layer(spread(x, index, length), state=entering, info=info(spread(ids, index, length))).state
-                yield compare(f"{name}, padded", tensors(padded), want)
+                yield compare(f"{name}, padded", tensors(padded), want, case.limit(name))
 
 
 def state_bytes(case: Case, device: str) -> Iterator[Measure]:

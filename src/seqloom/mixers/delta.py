@@ -36,7 +36,8 @@ def _adding(form: Callable[..., Mixed]) -> Callable[..., Mixed]:
     return run
 
 
-ERASE = {"recurrent": partial(scan, delta_scan.step), "chunked": delta_scan.chunked, "parallel": delta_scan.parallel}
+ERASE = {"recurrent": partial(scan, delta_scan.step), "chunked": delta_scan.chunked, "parallel": delta_scan.parallel,
+         "fused": delta_scan.fused}
 ADD = {"recurrent": _adding(partial(scan, decay_scan.step)), "chunked": _adding(decay_scan.chunked),
        "parallel": _adding(decay_scan.parallel)}
 ACTIVATIONS = {"silu": F.silu, "elu": lambda x: F.elu(x) + 1, "relu": F.relu, "none": lambda x: x}
@@ -90,22 +91,24 @@ class DeltaNet(Spec):
 
 class Cells(NamedTuple):
     memory: Tensor       # [B, H, K, V]
-    tail: Tensor | None  # [B, conv - 1, 2 H K + H V]
+    tail: Tensor | None  # [B, conv - 1, 2 H K + H V]; with n steps a token, (1 + n) H K + n H V
 
 
 class DeltaNetLayer(Mixer):
-    def __init__(self, spec: DeltaNet, ctx: BuildContext):
+    """`steps`: keys, values and betas a token (mixers/delta_product.py); rows of the projections are laid out "(n h d)"."""
+
+    def __init__(self, spec: DeltaNet, ctx: BuildContext, steps: int = 1):
         super().__init__(spec)
-        heads = spec.heads
+        heads, self.steps = spec.heads, steps
         # dim has to split over the heads only where a width per head is left to it
         head = 0 if spec.key_dim and spec.value_dim else split(ctx.dim, heads, type(spec).__name__)
         self.key, self.value = spec.key_dim or head, spec.value_dim or head
-        self.widths = (2 * heads * self.key, heads * self.value)
+        self.widths = ((1 + steps) * heads * self.key, steps * heads * self.value)
         self.qkv = linear(ctx.dim, sum(self.widths))
         self.conv = None
         if spec.conv:
             self.conv = ShortConv(sum(self.widths), spec.conv, activation="silu" if spec.activation == "silu" else None)
-        self.b_proj = linear(ctx.dim, heads) if spec.beta == "learned" else None
+        self.b_proj = linear(ctx.dim, steps * heads) if spec.beta == "learned" else None
         self.g_proj = linear(ctx.dim, heads * self.value) if spec.gate == "silu" else None
         self.o_norm = (RMSNorm if self.g_proj is None else GatedRMSNorm)(self.value, EPS)
         self.o_proj = linear(heads * self.value, ctx.dim, depth=ctx.depth)
@@ -129,21 +132,27 @@ class DeltaNetLayer(Mixer):
         qk, v = qkv.split(self.widths, -1)
         if self.conv is None or spec.activation != "silu":  # else the convolution has applied it to all three
             qk, v = ACTIVATIONS[spec.activation](qk), F.silu(v)
-        q_and_k = rearrange(qk, "b t (two h k) -> b t two h k", two=2, h=spec.heads)
+        q_and_k = rearrange(qk, "b t (m h k) -> b t m h k", h=spec.heads, k=self.key)
         if spec.key_norm == "l2":
             q_and_k = l2_normalise(q_and_k)
         else:
             q_and_k = q_and_k / (q_and_k.sum(-1, keepdim=True) + 1e-6)
-        q, k = q_and_k.unbind(2)
-        return q * self.key**-0.5, k, rearrange(v, "b t (h v) -> b t h v", h=spec.heads), tail
+        q, k = q_and_k.split((1, self.steps), 2)
+        v = rearrange(v, "b t (n h v) -> b t n h v", n=self.steps, h=spec.heads)
+        return q.squeeze(2) * self.key**-0.5, self._one(k), self._one(v), tail
+
+    def _one(self, x: Tensor) -> Tensor:
+        """What a token has of each step [b t n h ..]; without the axis where n is 1."""
+        return x.squeeze(2) if self.steps == 1 else x
 
     def _beta(self, x: Tensor) -> Tensor:
-        """The strength of each write, [B, T, H] in float32 or wider: near 2 a reflection is lost to rounding."""
+        """The strength of each write, [B, T, (n,) H] in float32 or wider: near 2 a reflection is lost to rounding."""
         wide = accumulator(x.dtype)
         if self.b_proj is None:
-            beta = torch.ones(*x.shape[:2], self.spec.heads, dtype=wide, device=x.device)
+            beta = torch.ones(*x.shape[:2], self.steps * self.spec.heads, dtype=wide, device=x.device)
         else:
             beta = self.b_proj(x).to(wide).sigmoid()
+        beta = self._one(rearrange(beta, "b t (n h) -> b t n h", n=self.steps))
         return 2 * beta if self.spec.neg_eigval else beta
 
     def _log_decay(self, x: Tensor) -> tuple[Tensor, ...]:

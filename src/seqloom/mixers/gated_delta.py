@@ -42,8 +42,8 @@ class GatedDeltaNet(DeltaNet):
 
 
 class GatedDeltaNetLayer(DeltaNetLayer):
-    def __init__(self, spec: GatedDeltaNet, ctx: BuildContext):
-        super().__init__(spec, ctx)
+    def __init__(self, spec: GatedDeltaNet, ctx: BuildContext, steps: int = 1):
+        super().__init__(spec, ctx, steps)
         self.a_proj = linear(ctx.dim, spec.heads)
         # rates in (0, 16) and steps from 1e-3 to 1e-1, log-uniform: log a_t is rate times step at the start. The lowest
         # rate is kept off 0, whose logarithm would never move

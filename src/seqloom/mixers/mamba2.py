@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ from seqloom.parts import RMSNorm, ShortConv, linear
 def _stepped(form: Callable[..., Mixed]) -> Callable[..., Mixed]:
     """The scan of values dt x, multiplied in the accumulator's dtype and rounded once, at the end."""
 
+    @wraps(form, assigned=())
     def run(C: Tensor, B: Tensor, x: Tensor, dt: Tensor, log_a: Tensor, *, segments: Segments | None = None,
             **options: Any) -> Mixed:
         if segments is not None:
@@ -46,6 +47,7 @@ FORMS = {
     "recurrent": _stepped(partial(scan, decay_scan.step)),
     "chunked": _stepped(decay_scan.chunked),
     "parallel": _stepped(decay_scan.parallel),
+    "fused": _stepped(decay_scan.fused),
 }
 
 
@@ -111,20 +113,28 @@ class Mamba2Layer(Mixer):
         self.out_proj = linear(inner, ctx.dim, bias=spec.bias, depth=ctx.depth)
 
     def mix(self, x: Tensor, cells: Cells | None, place: Placement, info: Info, donate: bool) -> tuple[Tensor, Any, dict]:
+        streams, z, tail = self.open(x, None if cells is None else cells.tail, place.segments)
+        memory = self._memory(x.shape[0], x.dtype, x.device) if cells is None else cells.memory
+        y, memory, _ = self.run(*streams, state=memory, segments=place.segments)
+        return self.close(y, streams[2], z), Cells(memory, tail), {}
+
+    def open(self, x: Tensor, tail: Tensor | None, segments: Segments | None) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """The scan's streams (C, B [B, T, G, N], x [B, T, H, P], dt, log a [B, T, H]), the gate z [B, T, E], the new tail."""
         spec, wide = self.spec, accumulator(x.dtype)
         z, xBC, dt = self.in_proj(x).split(self.widths, -1)
-        xBC, tail, _ = self.conv1d(xBC, None if cells is None else cells.tail, place.segments)
+        xBC, tail, _ = self.conv1d(xBC, tail, segments)
         shared = spec.groups * spec.state
         x, B, C = xBC.split((xBC.shape[-1] - 2 * shared, shared, shared), -1)
         x = rearrange(x, "b t (h p) -> b t h p", h=self.heads)
         B, C = (rearrange(part, "b t (g n) -> b t g n", g=spec.groups) for part in (B, C))
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*spec.dt_limit)
-        log_a = -self.A_log.to(wide).exp() * dt
-        memory = self._memory(x.shape[0], x.dtype, x.device) if cells is None else cells.memory
-        y, memory, _ = self.run(C, B, x, dt, log_a, state=memory, segments=place.segments)
+        return (C, B, x, dt, -self.A_log.to(wide).exp() * dt), z, tail
+
+    def close(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
+        """The layer's output from the scan's, y [B, T, H, P], and the x and z of `open`."""
+        wide = accumulator(z.dtype)
         y = torch.addcmul(y.to(wide), self.D.to(wide)[:, None], x.to(wide))
-        y = self.norm(rearrange(y, "b t h p -> b t (h p)"), z)
-        return self.out_proj(y), Cells(memory, tail), {}
+        return self.out_proj(self.norm(rearrange(y, "b t h p -> b t (h p)"), z))
 
     def _memory(self, batch: int, dtype: torch.dtype, device: Any) -> Tensor:
         return torch.zeros(batch, self.heads, self.spec.state, self.spec.head_dim, dtype=accumulator(dtype), device=device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +37,31 @@ class Block:
         return BlockLayer(self, ctx)
 
 
+class Init(Protocol):
+    """A spec of initial values that layers cannot choose alone: it sees the whole stack once its layers have begun."""
+
+    def apply(self, model: StackLayer) -> list[str]:
+        """Set parameters in place; returns the names of those that were touched."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """`blocks` over width `dim`, then a final norm. A hybrid is a tuple of different blocks."""
+    """`blocks` over width `dim`, then a final norm. A hybrid is a tuple of different blocks.
+
+    `init` is applied once, when the layers have initialised themselves (`models/mimetic.py`).
+    """
 
     dim: int
     blocks: tuple[Block, ...]
     norm: Literal["rms", "layer", "none"] = "rms"
     norm_eps: float | None = None
+    init: Init | None = None
+
+    @property
+    def width(self) -> int:
+        """The width that leaves; `dim` is that which enters."""
+        return self.dim
 
     @property
     def causal(self) -> bool:
@@ -82,6 +99,8 @@ class StackLayer(nn.Module):
         self.shared = ctx.store
         self.norm = make_norm(spec.norm, spec.dim, spec.norm_eps)
         self.checkpointing = False  # recompute each block in the backward pass
+        if spec.init is not None:
+            spec.init.apply(self)
 
     def forward(self, x: Tensor, *, state: tuple | None = None, info: Info = Info(), donate: bool = False,
                 collect: list[Tensor] | None = None) -> Mixed:
@@ -101,6 +120,10 @@ class StackLayer(nn.Module):
         if collect is not None:
             collect.append(y)
         return Mixed(y, tuple(states), losses)
+
+    def answered(self, tokens: int, info: Info = Info(), state: tuple | None = None) -> Tensor | None:
+        """[B, T]: which outputs of a call with these arguments are answers (those of real tokens); None where all are."""
+        return None if info.segments is None else info.segments != 0
 
     def init_state(self, batch: int, capacity: int | None = None, dtype: torch.dtype | None = None,
                    device: torch.device | str | None = None) -> tuple:

@@ -1,4 +1,4 @@
-"""stem -> stack -> head: the layout of every one-tower model."""
+"""stem -> stack -> head: the layout of every one-tower model. The stack may work at two rates (`hierarchy.py`)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from seqloom.core import Info, Mixed
+from seqloom.core import segments as seg
 from seqloom.models.backbone import Stack
 from seqloom.models.heads import PooledHead, TokenHead
+from seqloom.models.hierarchy import Hierarchy
 from seqloom.models.stems import SeriesStem, TokenStem
 
 
@@ -26,7 +28,7 @@ class Output(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class SequenceModel:
     stem: TokenStem | SeriesStem
-    stack: Stack
+    stack: Stack | Hierarchy
     head: TokenHead | PooledHead
 
     def build(self) -> SequenceModelLayer:
@@ -44,24 +46,38 @@ class SequenceModelLayer(nn.Module):
         self.spec = spec
         self.stem = spec.stem.build(spec.stack.dim)
         self.stack = spec.stack.build()
-        self.head = spec.head.build(spec.stack.dim, self.stem)
+        self.head = spec.head.build(spec.stack.width, self.stem)
 
     def encode(self, ids: Tensor, *, state: Any = None, info: Info = Info(), donate: bool = False,
                embedded: Tensor | None = None) -> Mixed:
         """The hidden vectors [B, T, D] that the head reads; `embedded` replaces the stem."""
-        x = self.stem(ids) if embedded is None else embedded
+        if embedded is not None:
+            x = embedded
+        elif getattr(self.stem, "places", None) is not None:  # learned positions go on from the state
+            x = self.stem(ids, self._positions(ids, state, info))
+        else:
+            x = self.stem(ids)
         return self.stack(x, state=state, info=info, donate=donate)
+
+    def _positions(self, ids: Tensor, state: Any, info: Info) -> Tensor:
+        """[B, T]: where each token stands in its segment, after what `state` has read."""
+        if info.positions is not None:
+            return info.positions
+        track = state[0].track if state is not None else seg.Track.start(ids.shape[0], ids.device)
+        if info.segments is None:
+            return seg.advance(track, ids.shape[1])[0]
+        return seg.resolve(info.segments, track)[1]
 
     def forward(self, ids: Tensor, *, state: Any = None, info: Info = Info(), donate: bool = False,
                 keep: int | Tensor = 0, embedded: Tensor | None = None) -> Output:
         """`keep`: score only the last `keep` tokens (0: all) or the given positions; `embedded` replaces the stem."""
+        real = self.stack.answered((ids if embedded is None else embedded).shape[1], info, state)
         hidden, state, aux = self.encode(ids, state=state, info=info, donate=donate, embedded=embedded)
         kept = hidden
         if not isinstance(keep, int):
             kept = hidden[:, keep]
         elif keep:
             kept = hidden[:, -keep:]
-        real = None if info.segments is None else info.segments != 0
         return Output(self.head(kept, real), hidden, state, aux)
 
     def init_state(self, batch: int, capacity: int | None = None, dtype: torch.dtype | None = None,

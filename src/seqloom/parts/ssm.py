@@ -12,11 +12,15 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Complex, Float
 from torch import Tensor
 
 Poles = Literal["lin", "inv", "legs", "real", "rand", "inv2", "quad"]
-Discretisation = Literal["zoh", "bilinear"]
+Discretisation = Literal["zoh", "bilinear", "dss"]
+RealPart = Literal["exp", "softplus", "sigmoid", "relu", "none"]
+
+RELU_FLOOR = 1e-4  # how far a real part through a relu stays below 0
 
 
 class NormalPlusLowRank(NamedTuple):
@@ -96,18 +100,25 @@ def initial_poles(init: str, state: int, channels: int) -> tuple[Float[Tensor, "
     return repeat(real), repeat(imaginary)
 
 
-def discretise(poles: Complex[Tensor, "d n"], dt: Float[Tensor, " d"],
-               method: str) -> tuple[Complex[Tensor, "d n"], Complex[Tensor, "d n"]]:
+def discretise(poles: Complex[Tensor, "d n"], dt: Float[Tensor, " d"], method: str,
+               length: int | None = None) -> tuple[Complex[Tensor, "d n"], Complex[Tensor, "d n"]]:
     """(log Abar, gain), both [D, N]: x_t = Abar x_{t-1} + gain B u_t over steps of dt.
 
     zoh       Abar = exp(dt A)                          gain = (Abar - 1) / A
     bilinear  Abar = (1 + dt A / 2) / (1 - dt A / 2)    gain = dt / (1 - dt A / 2)
+    dss       Abar = exp(dt A)                          gain = (Abar - 1) / (A (Abar^L - 1)), L = `length`:
+              a pole's kernel is a softmax over L taps, exp(l dt A) / sum_{r < L} exp(r dt A), divided by A
     The logarithm (of any branch) is what powers are made of: Abar^l = exp(l log Abar), never a repeated product.
     Source: [s4d] Method 3. Poles must not be 0; those with a negative real part give |Abar| < 1.
+    Raises: ValueError if `method` is unknown, or "dss" without a `length` of at least 1.
     """
     step = dt[:, None] * poles
     if method == "zoh":
         return step, torch.expm1(step) / poles  # expm1: 1 - Abar loses all digits where dt A is small
+    if method == "dss":
+        if length is None or length < 1:
+            raise ValueError(f"discretisation 'dss' is normalised over a length of at least 1 token, found {length}")
+        return step, torch.expm1(step) / (poles * torch.expm1(length * step))
     if method != "bilinear":
         raise ValueError(f"no discretisation {method!r}; known: {', '.join(get_args(Discretisation))}")
     below = 1 - step / 2
@@ -115,6 +126,29 @@ def discretise(poles: Complex[Tensor, "d n"], dt: Float[Tensor, " d"],
     # a real pole at -2 / dt has Abar = 0, whose powers are 0 and whose logarithm is not finite
     above = torch.where(above == 0, torch.finfo(above.real.dtype).tiny ** 0.5, above)
     return torch.log(above / below), dt[:, None] / below
+
+
+def real_part(raw: Float[Tensor, "d n"], form: str) -> Float[Tensor, "d n"]:
+    """Re A from its trained parameter r: -exp(r), -softplus(r), -sigmoid(r), -(relu(r) + 1e-4), or -r for "none".
+
+    Only the first three cannot leave the negative half line; "relu" keeps poles off 0, and "none" lets them become unstable.
+    Source: [s4d] Method 2.
+    """
+    if form == "relu":
+        return -(F.relu(raw) + RELU_FLOOR)
+    return -{"exp": torch.exp, "softplus": F.softplus, "sigmoid": torch.sigmoid, "none": lambda r: r}[form](raw)
+
+
+def raw_real_part(real: Float[Tensor, "d n"], form: str) -> Float[Tensor, "d n"]:
+    """The parameter whose `real_part` is `real` < 0.
+
+    Raises: ValueError if `form` cannot reach it (sigmoid: -1 and below).
+    """
+    if form == "sigmoid" and bool((real <= -1).any()):
+        raise ValueError(f"a sigmoid gives real parts in (-1, 0), and the poles start at {float(real.min()):g}; use 'exp'")
+    rate = -real
+    return {"exp": torch.log, "softplus": lambda r: r + torch.log(-torch.expm1(-r)), "sigmoid": torch.logit,
+            "relu": lambda r: r - RELU_FLOOR, "none": lambda r: r}[form](rate)
 
 
 def even(state: int, owner: str) -> int:
@@ -125,4 +159,5 @@ def even(state: int, owner: str) -> int:
     return state // 2
 
 
-__all__ = ["Discretisation", "NormalPlusLowRank", "Poles", "discretise", "even", "hippo_legs", "initial_poles", "nplr_legs"]
+__all__ = ["Discretisation", "NormalPlusLowRank", "Poles", "RealPart", "discretise", "even", "hippo_legs", "initial_poles",
+           "nplr_legs", "raw_real_part", "real_part"]

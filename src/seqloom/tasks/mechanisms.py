@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from seqloom.core import scan
 from seqloom.kernels import decay_scan, delta_scan
@@ -50,11 +51,13 @@ class OverwriteRecall:
         wanted = wanted.unflatten(0, (self.repeats, count))
         k = keys.repeat(1, self.times, 1)[:, :, None]  # [b t 1 k]
         v = book[wanted.transpose(1, 2).flatten(1)][:, :, None]
-        state = torch.zeros(self.repeats, 1, self.dim, self.dim, dtype=torch.float64)
-        log_a = torch.full(k.shape[:3], math.log(rule.decay), dtype=torch.float64)
-        if rule.erase:
-            _, state, _ = scan(delta_scan.step, k, k, v, torch.ones_like(log_a), log_a, state=state)
-        else:
-            _, state, _ = scan(decay_scan.step, k, k, v, log_a, state=state)
-        read = torch.einsum("bck,bkv->bcv", keys, state[:, 0])
+        read = torch.einsum("bck,bkv->bcv", keys, self._written(rule, k, v))
         return float((torch.einsum("bcv,nv->bcn", read, book).argmax(-1) == wanted[..., -1]).double().mean())
+
+    def _written(self, rule: MemoryRule, k: Tensor, v: Tensor) -> Tensor:
+        """The memory [B, K, V] after the writes k, v [B, T, 1, dim]."""
+        state = torch.zeros(len(k), 1, self.dim, self.dim, dtype=k.dtype)
+        log_a = torch.full(k.shape[:3], math.log(rule.decay), dtype=k.dtype)
+        if rule.erase:
+            return scan(delta_scan.step, k, k, v, torch.ones_like(log_a), log_a, state=state).state[:, 0]
+        return scan(decay_scan.step, k, k, v, log_a, state=state).state[:, 0]

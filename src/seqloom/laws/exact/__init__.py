@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from seqloom.core import BuildContext, Mixer, Spec, use_form
+from seqloom.core import BuildContext, Mixer, Spec, runnable, use_form
 from seqloom.core.state import leaves
 
 
@@ -34,7 +34,7 @@ def forms_agree(spec: Spec, *, dim: int = 48, lengths: tuple[int, ...] = (1, 3, 
     for tokens in lengths:
         x = torch.randn(2, tokens, dim, dtype=torch.float64)
         results = {}
-        for form in layer.spec.forms:
+        for form in runnable(layer.spec.forms, "cpu"):
             given = x.clone().requires_grad_()
             with use_form(form):
                 y, state, _ = layer(given)
@@ -69,7 +69,7 @@ def looks_ahead(spec: Spec, *, dim: int = 48, tokens: int = 70, place: int = 40)
     x = torch.randn(2, tokens, dim, dtype=torch.float64)
     other = x.clone()
     other[:, place:] = torch.randn_like(other[:, place:])
-    for form in layer.spec.forms:
+    for form in runnable(layer.spec.forms, "cpu"):
         with use_form(form), torch.no_grad():
             a, b = layer(x).y, layer(other).y
         worst = max(worst, float((a[:, :place] - b[:, :place]).abs().max()))

@@ -1,0 +1,191 @@
+"""Kernels on a GPU beside attention by PyTorch's SDPA backends: forward, forward and backward, memory, and the floor.
+
+The floor of a row is the larger of two times: the bytes it must move (each stream read once, each result and gradient
+written once) over the measured copy bandwidth, and its multiplications over the measured rate of a bfloat16 product.
+A form is timed only after it has been compared with the definition's float64 values on the same device.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqloom.core import BadInput
+from seqloom.kernels import decay_scan, delta_scan, diagonal_scan
+
+HEADS, DIM, TOKENS = 16, 128, 32768  # of a batch, whatever its length
+LENGTHS = (2048, 8192, 32768)
+Streams = tuple[Tensor, ...]
+
+
+class Kernel(NamedTuple):
+    """What to time. `elements` of bfloat16 that each token must move forward and backward, `operations` per token."""
+
+    run: Callable[..., Tensor]
+    make: Callable[[int, int], Streams]
+    plain: Callable[..., Tensor]
+    elements: Callable[[int], tuple[int, int]]
+    operations: Callable[[int], tuple[int, int]]
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def _heads(batch: int, tokens: int) -> Streams:
+    q, k, v = (_normal(batch, tokens, HEADS, DIM) for _ in range(3))
+    return q * DIM**-0.5, k * DIM**-0.5, v
+
+
+def _gated(shape: Callable[[int, int], tuple[int, ...]]) -> Callable[[int, int], Streams]:
+    def make(batch: int, tokens: int) -> Streams:
+        log_a = F.logsigmoid(torch.randn(*shape(batch, tokens), device="cuda")) / 16
+        return *_heads(batch, tokens), log_a.to(torch.bfloat16) if log_a.ndim == 4 else log_a
+
+    return make
+
+
+def _delta(batch: int, tokens: int) -> Streams:
+    q, k, v = _heads(batch, tokens)
+    return q, F.normalize(k.float(), dim=-1).bfloat16(), v, torch.rand(batch, tokens, HEADS, device="cuda").bfloat16()
+
+
+def _gated_delta(batch: int, tokens: int) -> Streams:
+    log_a = F.logsigmoid(torch.randn(batch, tokens, HEADS, device="cuda")) / 16
+    return *_delta(batch, tokens), log_a
+
+
+def _diagonal(batch: int, tokens: int) -> Streams:
+    a = torch.rand(batch, tokens, HEADS * DIM, device="cuda").mul_(0.2).add_(0.8)
+    return a.bfloat16(), _normal(batch, tokens, HEADS * DIM)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def _backend(name: str) -> Callable[..., Tensor]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel([getattr(SDPBackend, name)]):
+            return _attention(q, k, v)
+
+    return run
+
+
+def _y(form: Callable) -> Callable[..., Tensor]:
+    return lambda *streams: form(*streams).y
+
+
+WIDTH = HEADS * DIM
+_quadratic = lambda tokens: (2 * tokens * WIDTH, 7 * tokens * WIDTH)                    # noqa: E731
+_linear = lambda tokens: (4 * DIM * WIDTH, 12 * DIM * WIDTH)                            # noqa: E731
+_matrix = lambda extra: lambda tokens: (4 * WIDTH + extra, 11 * WIDTH + 3 * extra)      # noqa: E731
+
+KERNELS: dict[str, Kernel] = {
+    "SDPA cuDNN": Kernel(_backend("CUDNN_ATTENTION"), _heads, _attention, _matrix(0), _quadratic),
+    "SDPA flash": Kernel(_backend("FLASH_ATTENTION"), _heads, _attention, _matrix(0), _quadratic),
+    "diagonal": Kernel(_y(diagonal_scan.fused), _diagonal, _y(diagonal_scan.chunked),
+                       lambda t: (3 * WIDTH, 8 * WIDTH), lambda t: (2 * WIDTH, 6 * WIDTH)),
+    "linear": Kernel(_y(decay_scan.fused), _heads, _y(decay_scan.chunked), _matrix(0), _linear),
+    "scalar decay": Kernel(_y(decay_scan.fused), _gated(lambda b, t: (b, t, HEADS)), _y(decay_scan.chunked),
+                           _matrix(2 * HEADS), _linear),
+    "vector decay": Kernel(_y(decay_scan.fused), _gated(lambda b, t: (b, t, HEADS, DIM)), _y(decay_scan.chunked),
+                           _matrix(WIDTH), _linear),
+}
+if hasattr(delta_scan, "fused"):
+    KERNELS["delta"] = Kernel(_y(delta_scan.fused), _delta, _y(delta_scan.chunked), _matrix(HEADS), _linear)
+    KERNELS["gated delta"] = Kernel(_y(delta_scan.fused), _gated_delta, _y(delta_scan.chunked), _matrix(3 * HEADS), _linear)
+
+
+def milliseconds(call: Callable[[], Any], rounds: int = 12) -> float:
+    """Median of `rounds` calls between device events, after three that warm up."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(rounds):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times)
+
+
+def ceilings() -> Mapping[str, float]:
+    """Bytes a second of a copy, counting both ways, and operations a second of a bfloat16 product."""
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    copy = 2 * source.nbytes / milliseconds(lambda: target.copy_(source)) * 1e3
+    a, b = (_normal(8192, 8192) for _ in range(2))
+    return {"bytes": copy, "operations": 2 * 8192**3 / milliseconds(lambda: a @ b) * 1e3}
+
+
+def error(kernel: Kernel, tokens: int = 1000) -> tuple[float, float]:
+    """Worst error over outputs and gradients as a multiple of plain PyTorch's in the same precision, and the worst itself.
+
+    Root mean square against float64; plain PyTorch is the chunked form of the same streams, float32 inside, its results
+    rounded to bfloat16. Results start poisoned.
+    """
+    torch.manual_seed(0)
+    streams = kernel.make(2, tokens)
+    seen = {}
+    for name, form, cast in (("got", kernel.run, False), ("plain", kernel.plain, False), ("want", kernel.plain, True)):
+        given = [(x.double() if cast else x.clone()).requires_grad_() for x in streams]
+        poison = torch.full((2**26,), float("nan"), device="cuda")
+        del poison  # the allocator hands these pages to whoever asks next
+        y = form(*given)
+        weights = torch.randn(y.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).bfloat16().to(y.dtype)
+        seen[name] = [y.detach(), *torch.autograd.grad(y, given, weights)]
+    rms = lambda got, want: float((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt())  # noqa: E731
+    pairs = [(rms(g, w), rms(p.bfloat16(), w)) for g, p, w in zip(seen["got"], seen["plain"], seen["want"], strict=True)]
+    return max(g / p if g == g else float("inf") for g, p in pairs), max(g for g, _ in pairs)
+
+
+def kernels(names: list[str] | None = None, *, lengths: tuple[int, ...] = LENGTHS, backward: bool = True) -> list[dict[str, Any]]:
+    """One row per kernel and length. Rows of a kernel that fails its comparison say so and have no times."""
+    if not torch.cuda.is_available():
+        raise BadInput("the kernels suite times a GPU, and there is none here; the other suites run on a CPU")
+    top, rows = ceilings(), []
+    for name in names or list(KERNELS):
+        kernel = KERNELS[name]
+        began = time.perf_counter()
+        ratio, worst = error(kernel)
+        setup = time.perf_counter() - began
+        for tokens in lengths:
+            row: dict[str, Any] = {"kernel": name, "tokens": tokens, "batch": TOKENS // tokens, "error": worst, "error_ratio": ratio,
+                                   "setup_seconds": round(setup, 1)}
+            rows.append(row)
+            if not worst < 0.1:
+                row["red"] = "differs from float64: not timed"
+                continue
+            streams = [x.requires_grad_() for x in kernel.make(TOKENS // tokens, tokens)]
+            elements, operations = kernel.elements(tokens), kernel.operations(tokens)
+            floor = [1e3 * max(2 * e * TOKENS / top["bytes"], o * TOKENS / top["operations"])
+                     for e, o in zip(elements, operations, strict=True)]
+            with torch.no_grad():
+                row["forward_ms"] = milliseconds(lambda: kernel.run(*streams))  # noqa: B023
+            row["forward_floor_ms"] = floor[0]
+            if backward:
+                weights = torch.randn_like(kernel.run(*streams))
+                torch.cuda.reset_peak_memory_stats()
+                held = torch.cuda.memory_allocated()
+
+                def both(streams: list = streams, weights: Tensor = weights) -> None:
+                    torch.autograd.grad(kernel.run(*streams), streams, weights)  # noqa: B023
+
+                row["both_ms"] = milliseconds(both)
+                row["both_floor_ms"] = floor[1]
+                row["times_floor"] = row["both_ms"] / floor[1]
+                row["peak_gib"] = (torch.cuda.max_memory_allocated() - held) / 2**30
+            torch.cuda.empty_cache()
+    return rows
