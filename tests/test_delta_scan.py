@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from seqloom.core import BuildContext, Info, runnable, scan
 from seqloom.core.segments import Segments, Track, resolve
 from seqloom.kernels import delta_scan
-from seqloom.mixers import DeltaNet, GatedDeltaNet
+from seqloom.mixers import DeltaNet, DeltaProduct, GatedDeltaNet
 from seqloom.mixers.delta import FLA_NAMES
 
 BATCH, HEADS, KEY, VALUE = 2, 3, 6, 5
@@ -182,6 +182,13 @@ def test_every_parameter_has_its_name_in_the_other_library():
 def test_sum_normalised_keys_must_not_be_negative():
     with pytest.raises(ValueError, match="activation='elu'"):
         DeltaNet(heads=2, key_norm="sum")
+
+
+def test_steps_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="steps=0"):
+        DeltaProduct(heads=2, steps=0)
+    with pytest.raises(ValueError, match="DeltaNet has erase=False"):
+        DeltaProduct(heads=2, erase=False)
 
 
 @pytest.mark.peer

@@ -55,12 +55,11 @@ def step(state: Float[Tensor, "b h k v"], q: Float[Tensor, "b h k"], k: Float[Te
 
 
 def interleave(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b t n h k"], v: Tensor | None, beta: Float[Tensor, "b t n h"],
-               log_a: Float[Tensor, "b t h"] | None,
-               segments: Segments | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Segments | None]:
-    """n steps a token as the same streams over n T tokens, of which every n-th output is wanted.
+               log_a: Float[Tensor, "b t h"] | None, segments: Segments | None) -> tuple[Any, ...]:
+    """n steps a token as the same streams and segments over n T tokens, of which every n-th output is wanted.
 
     A token's decay goes with its first step, its query with its last; the other queries and log decays are 0, and all of a
-    token's steps are of its segment. v and beta may be anything that is laid out so. Source: [deltaproduct] Method 4.
+    token's steps are of its segment. Returns its arguments, in their order. Source: [deltaproduct] Method 4.
     """
     n = k.shape[2]
     q = F.pad(q[:, :, None], (0, 0, 0, 0, n - 1, 0)).flatten(1, 2)

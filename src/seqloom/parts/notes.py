@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from seqloom.core import Mixed, Segments, scan
@@ -45,9 +46,12 @@ def empty(batch: int, width: int, *, pool: int, block: int, dtype: torch.dtype, 
                  torch.zeros(batch, slots, dtype=torch.int64, device=device))
 
 
-def step(state: Notes, q: Tensor, note: Tensor, score: Tensor, place: Tensor, *, pool: int, block: int, keep: Keep,
-         threshold: float, salt: int) -> tuple[Notes, Tensor]:
-    """One token: read the finished blocks' notes, then take a note. This is the definition; the other form must agree."""
+def step(state: Notes, q: Float[Tensor, "b s"], note: Float[Tensor, "b s"], score: Float[Tensor, " b"],
+         place: Int[Tensor, " b"], *, pool: int, block: int, keep: Keep, threshold: float, salt: int) -> tuple[Notes, Tensor]:
+    """One token: read the finished blocks' notes, then take a note. This is the definition; the other form must agree.
+
+    A note is taken if sigmoid(score) > `threshold`; `salt` makes the random order of one pool another than its neighbour's.
+    """
     wide = state.score.dtype
     seen = (state.age > 0) & ((state.age - 1) // block < (place // block)[:, None])
     seen = _best(_rank(state.score, state.age, keep, salt), seen, pool)
@@ -64,8 +68,8 @@ def step(state: Notes, q: Tensor, note: Tensor, score: Tensor, place: Tensor, *,
     return _take(notes, scores, ages, index, kept), y.to(q.dtype)
 
 
-def recurrent(q: Tensor, note: Tensor, score: Tensor, place: Tensor, *, state: Notes, segments: Segments | None = None,
-              **rule: Any) -> Mixed:
+def recurrent(q: Float[Tensor, "b t s"], note: Float[Tensor, "b t s"], score: Float[Tensor, "b t"],
+              place: Int[Tensor, "b t"], *, state: Notes, segments: Segments | None = None, **rule: Any) -> Mixed:
     """Token by token. Notes are held in float32 or wider meanwhile, so that the gradients of many reads add up in it."""
     stored = state.note.dtype
     state = state._replace(note=state.note.to(accumulator(stored)))
@@ -73,8 +77,9 @@ def recurrent(q: Tensor, note: Tensor, score: Tensor, place: Tensor, *, state: N
     return Mixed(y, state._replace(note=state.note.to(stored)))
 
 
-def chunked(q: Tensor, note: Tensor, score: Tensor, place: Tensor, *, state: Notes, segments: Segments | None = None, pool: int,
-            block: int, keep: Keep, threshold: float, salt: int) -> Mixed:
+def chunked(q: Float[Tensor, "b t s"], note: Float[Tensor, "b t s"], score: Float[Tensor, "b t"], place: Int[Tensor, "b t"], *,
+            state: Notes, segments: Segments | None = None, pool: int, block: int, keep: Keep, threshold: float,
+            salt: int) -> Mixed:
     """Chunks of tokens side by side: each has the pool before it, by merging pools in pairs (log-depth), and its own tokens.
 
     Linear in T: a chunk of C tokens reads P + 2 C gathered notes under a mask. Which they are has no gradient, and is an

@@ -24,12 +24,19 @@ def stack(mixer: Spec, *, dim: int, depth: int, norm: str = "layer", dropout: fl
 
 
 def model(
-    low: Spec, high: Spec, *, dims: tuple[int, int] = (256, 128), depths: tuple[int, int] = (6, 6), chunk: int = 10
+    low: Spec,
+    high: Spec,
+    *,
+    dims: tuple[int, int] = (256, 128),
+    depths: tuple[int, int] = (6, 6),
+    norms: tuple[str, str] = ("none", "layer"),
+    chunk: int = 10,
 ) -> Hierarchy:
-    """The paper's layout: the last output of `low` on every chunk is a token of `high`."""
+    """The paper's layout: the last output of `low` on every chunk is a token of `high`. Its S4 stacks end without a norm, its
+    Mamba stacks with one."""
     return Hierarchy(
-        low=stack(low, dim=dims[0], depth=depths[0], dropout=0.1),
-        high=stack(high, dim=dims[1], depth=depths[1], dropout=0.1),
+        low=stack(low, dim=dims[0], depth=depths[0], norm=norms[0], dropout=0.1),
+        high=stack(high, dim=dims[1], depth=depths[1], norm=norms[1], dropout=0.1),
         chunk=chunk,
     )
 
@@ -39,7 +46,7 @@ def marker_writing() -> Hierarchy:
 
 
 def ronin() -> Hierarchy:
-    return model(S4D(), S4D())
+    return model(S4D(), S4D(), norms=("none", "none"))
 
 
 def total_capture() -> Hierarchy:
@@ -47,26 +54,26 @@ def total_capture() -> Hierarchy:
 
 
 def vector() -> Hierarchy:
-    return model(Mamba(), Mamba(), dims=(32, 64), depths=(4, 4))
+    return model(Mamba(), Mamba(), dims=(32, 64), depths=(4, 4), norms=("layer", "layer"))
 
 
 def flat(mixer: Spec, *, dim: int = 256, depth: int = 6, chunk: int = 10) -> Hierarchy:
     """The paper's flat baselines: one stack at the sensors' rate, read once a chunk. At its last sample here, so that a flat
     model has seen what a hierarchical one has; the paper reads it at the first."""
-    low, high = stack(mixer, dim=dim, depth=depth), stack(mixer, dim=dim, depth=0)
+    low, high = stack(mixer, dim=dim, depth=depth, norm="none"), stack(mixer, dim=dim, depth=0)
     return Hierarchy(low=low, high=high, chunk=chunk, memory="sequence")
 
 
-# Four layers of width 32 in every arm, about 19,200 parameters.
+# Four layers of width 32 in every arm, about 19,200 parameters; one norm, behind the last of them.
 small = partial(stack, S4D(state=32), dim=32)
-nothing = partial(stack, S4D(), depth=0, norm="none")
+below = partial(small, norm="none")
 ARMS = {
-    "method": Hierarchy(low=small(depth=2), high=small(depth=2)),
+    "method": Hierarchy(low=below(depth=2), high=small(depth=2)),
     "baseline": flat(S4D(state=32), dim=32, depth=4),
-    "knockout": Hierarchy(low=nothing(dim=32), pool="mean", high=small(depth=4)),
-    "no_high": Hierarchy(low=small(depth=4), high=small(depth=0)),
+    "knockout": Hierarchy(low=below(depth=0), pool="mean", high=small(depth=4)),
+    "no_high": Hierarchy(low=below(depth=4), high=small(depth=0)),
     # all that is linear in ten samples of twelve sensors; fewer poles pay for the wide map
-    "stacked": Hierarchy(low=nothing(dim=12), pool="all", high=stack(S4D(state=24), dim=32, depth=4)),
+    "stacked": Hierarchy(low=below(dim=12, depth=0), pool="all", high=stack(S4D(state=24), dim=32, depth=4)),
 }
 
 CHECKS = (
@@ -132,7 +139,7 @@ CLAIMS = (
         where="[hiss] section 5",
         task=TextureSensor(),
         control=TextureSensor(coupling="additive"),
-        budget=Budget(steps=400, lrs=(3e-3, 1e-2, 2e-2), batch=16),
+        budget=Budget(steps=500, lrs=(3e-3, 1e-2, 2e-2), batch=16),
         arms=ARMS,
         require=(
             above("method", 0.58),
@@ -142,7 +149,7 @@ CLAIMS = (
             beats("method", "baseline", by=-0.05),
         ),
         notes="Scores are 1 - MSE / variance, with a variance of 0.60. The paper's 23 % below the best flat model is not "
-        "claimed: on this task the gap is inside the spread. Control: where the texture adds to the signal, chunk means "
-        "suffice.",
+        "claimed: on the calibration seed the flat model, which is read at a chunk's last sample here, is a little better. "
+        "Control: where the texture adds to the signal, chunk means suffice.",
     ),
 )

@@ -7,7 +7,7 @@ from seqloom.mixers import MixtureOfMemories
 from seqloom.models import Block, SequenceModel, Stack
 from seqloom.models.sequence import language_model
 from seqloom.parts import SwiGLU
-from seqloom.tasks import Memories, MultiQueryRecall, RoutedRecall
+from seqloom.tasks import Memories, MultiQueryRecall, RoutedRecall, SingleWriteRecall
 
 PAPER = Paper(
     slug="mom",
@@ -26,7 +26,8 @@ def model(*, dim: int = 256, depth: int = 4, hidden: int | None = None,
 
 
 def size_340m() -> SequenceModel:
-    """4 heads of 256, 4 memories of which 2 are chosen, and the shared one; tied embeddings."""
+    """4 heads of 256, 4 memories of which 2 are chosen, and the shared one; tied embeddings.
+    Of its 512 million parameters 411 million are active at a token."""
     return language_model(vocab=32000, stack=model(dim=1024, depth=24, hidden=2048, mixer=MixtureOfMemories(heads=4)))
 
 
@@ -151,15 +152,17 @@ CLAIMS = (
         text="recalls more pairs than a memory has keys, at equal parameters",
         where="[mom] section 4.2, recall",
         task=MultiQueryRecall(pairs=16, keys=32, values=32, length=48),
-        control=MultiQueryRecall(pairs=4, keys=32, values=32, length=12),
+        control=SingleWriteRecall(keys=4),
         control_arms=("baseline",),
         budget=Budget(steps=900, lrs=(3e-3, 5e-3, 1e-2)),
         notes="The baseline's channel mixers are wider, for equal parameters; so are those of the widened memory, whose state "
-        "is as large as that of all memories together. No requirement compares it.",
+        "is as large as that of all memories together. In the dense arm every token goes to all four memories: if it does as "
+        "well, what helps is several memories with projections of their own, not that few are chosen. Both are shown, not "
+        "required. With 12 pairs, one calibration fit gave 0.79 against 0.57.",
         arms={
             "method": recaller(),
-            "knockout": recaller(active=4),
             "baseline": recaller(memories=1, active=1, shared=False, hidden=150),
+            "dense": recaller(active=4),
             "widened": recaller(memories=1, active=1, shared=False, head=18, hidden=133),
         },
         require=(beats("method", "baseline", by=0.20),),
