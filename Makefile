@@ -31,7 +31,7 @@ check: env           ## lint, types, import layers, fast tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal -x tests/test_core.py tests/test_layers.py tests/test_decay_scan.py
 
 bench: env
-	$(BIN)/seqloom bench models
+	$(BIN)/seqloom bench all
 
 docs: env
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'

@@ -253,6 +253,18 @@ def test_an_absent_extra_is_named(tmp_path, capsys, monkeypatch):
 # Bad input: settings ----------------------------------------------------------------------------------------------
 
 
+def test_bench_times_mixers_and_writes_what_it_found(tmp_path, capsys):
+    assert main(["bench", "segments", "--mixers", "linear", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    assert "cost" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "segments_cpu.json").read_text())["rows"]
+    assert row["name"] == "linear" and row["cost"] > 0
+
+
+def test_bench_of_kernels_needs_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["bench", "kernels"]) == 2 and "there is none here" in capsys.readouterr().err
+
+
 BAD_WORDS = [
     (["tain"], ["no verb 'tain'", "'train'"]),
     (["train", "--stepz", "3"], ["no option --stepz", "'--steps'"]),

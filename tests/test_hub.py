@@ -44,7 +44,8 @@ from seqloom.parts import SwiGLU
 VOCAB, WIDTH = 61, 32
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 HYBRID = (GatedDeltaNet(heads=2), SoftmaxAttention(heads=4, kv_heads=2), LinearAttention(heads=2, conv=3))
-ALL = {"hybrid": HYBRID, **{name: (mixer_for(name, WIDTH),) * 2 for name in MIXERS}}
+CAUSAL = [name for name in MIXERS if mixer_for(name, WIDTH).causal]
+ALL = {"hybrid": HYBRID, **{name: (mixer_for(name, WIDTH),) * 2 for name in CAUSAL}}
 
 
 def spec_of(mixers=HYBRID, *, tie: bool = True, dropout: float = 0.0):

@@ -249,7 +249,7 @@ MISTAKES = [
         "the decay is applied after the write",
         "kernels.decay_scan.step",
         "state = state + k[",
-        "state = state + (1 if log_a is None else a[..., None, None]) * k[",
+        "state = state + (1 if log_a is None else a[..., None]) * k[",
         "gated_delta-adding", "forms_agree",
     ),
     Mistake(

@@ -107,14 +107,20 @@ if hasattr(delta_scan, "fused"):
 
 
 def milliseconds(call: Callable[[], Any], rounds: int = 12) -> float:
-    """Median of `rounds` calls between device events, after three that warm up."""
-    for _ in range(3):
+    """Median of `rounds` replays of a graph of the call between device events: what the card does, without launch gaps."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
         call()
     times = []
     for _ in range(rounds):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        call()
+        graph.replay()
         stop.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(stop))
@@ -151,7 +157,8 @@ def error(kernel: Kernel, tokens: int = 1000) -> tuple[float, float]:
     return max(g / p if g == g else float("inf") for g, p in pairs), max(g for g, _ in pairs)
 
 
-def kernels(names: list[str] | None = None, *, lengths: tuple[int, ...] = LENGTHS, backward: bool = True) -> list[dict[str, Any]]:
+def kernels(names: list[str] | None = None, *, lengths: tuple[int, ...] = LENGTHS,
+            backward: bool = True) -> list[dict[str, Any]]:
     """One row per kernel and length. Rows of a kernel that fails its comparison say so and have no times."""
     if not torch.cuda.is_available():
         raise BadInput("the kernels suite times a GPU, and there is none here; the other suites run on a CPU")
@@ -162,8 +169,8 @@ def kernels(names: list[str] | None = None, *, lengths: tuple[int, ...] = LENGTH
         ratio, worst = error(kernel)
         setup = time.perf_counter() - began
         for tokens in lengths:
-            row: dict[str, Any] = {"kernel": name, "tokens": tokens, "batch": TOKENS // tokens, "error": worst, "error_ratio": ratio,
-                                   "setup_seconds": round(setup, 1)}
+            row: dict[str, Any] = {"kernel": name, "tokens": tokens, "batch": TOKENS // tokens, "error": worst,
+                                   "error_ratio": ratio, "setup_seconds": round(setup, 1)}
             rows.append(row)
             if not worst < 0.1:
                 row["red"] = "differs from float64: not timed"
@@ -177,15 +184,16 @@ def kernels(names: list[str] | None = None, *, lengths: tuple[int, ...] = LENGTH
             row["forward_floor_ms"] = floor[0]
             if backward:
                 weights = torch.randn_like(kernel.run(*streams))
-                torch.cuda.reset_peak_memory_stats()
-                held = torch.cuda.memory_allocated()
 
                 def both(streams: list = streams, weights: Tensor = weights) -> None:
                     torch.autograd.grad(kernel.run(*streams), streams, weights)  # noqa: B023
 
+                torch.cuda.reset_peak_memory_stats()
+                held = torch.cuda.memory_allocated()
+                both()
+                row["peak_gib"] = (torch.cuda.max_memory_allocated() - held) / 2**30
                 row["both_ms"] = milliseconds(both)
                 row["both_floor_ms"] = floor[1]
                 row["times_floor"] = row["both_ms"] / floor[1]
-                row["peak_gib"] = (torch.cuda.max_memory_allocated() - held) / 2**30
             torch.cuda.empty_cache()
     return rows

@@ -34,9 +34,11 @@ def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def write(suite: str, rows: list[dict[str, Any]], folder: Path) -> Path:
+def write(suite: str, rows: list[dict[str, Any]], folder: Path, *, gpu: bool = False) -> Path:
+    """<suite>_<device>.json, the device `cpu` or a word of the card's name with a digit in it, such as h100."""
     folder.mkdir(parents=True, exist_ok=True)
-    device = torch.cuda.get_device_name().split()[-1].lower() if torch.cuda.is_available() else "cpu"
+    words = torch.cuda.get_device_name().lower().split() if gpu else ["cpu"]
+    device = next((word for word in words if any(c.isdigit() for c in word)), words[-1])
     path = folder / f"{suite.replace('-', '_')}_{device}.json"
     record = {
         "suite": suite,

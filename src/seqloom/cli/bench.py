@@ -15,12 +15,12 @@ from seqloom.core import BadInput, near
 @dataclass
 class BenchOptions:
     """Time mixers: training beside transformers and x-transformers, Mamba beside transformers' own, growth with length,
-    the cost of packing, decoding after short and long contexts."""
+    the cost of packing, decoding after short and long contexts. Or, on a GPU, kernels beside PyTorch's attention."""
 
     suite: Annotated[
-        Literal["training", "state-space", "lengths", "segments", "decoding", "all"], tyro.conf.Positional
+        Literal["training", "state-space", "lengths", "segments", "decoding", "kernels", "all"], tyro.conf.Positional
     ] = "training"
-    """What to time."""
+    """What to time. `all` leaves out `kernels`, which needs a GPU."""
     mixers: str = ""
     """Comma-separated names; all by default."""
     rounds: int = 5
@@ -40,6 +40,14 @@ def main(argv: list[str]) -> int:
     from seqloom.mixers import MIXERS
 
     options = parse(BenchOptions, argv, verb="bench")
+    if options.suite == "kernels":
+        from seqloom.bench.kernels import kernels
+
+        rows = kernels()
+        print(report.table(rows))
+        if options.out is not None:
+            stderr(f"wrote {report.write('kernels', rows, options.out, gpu=True)}")
+        return int(any("red" in row for row in rows))
     mixers = [name.strip() for name in options.mixers.split(",") if name.strip()] or list(MIXERS)
     for name in mixers:
         if name not in MIXERS:

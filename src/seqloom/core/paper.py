@@ -95,7 +95,8 @@ class Claim:
 
     arms:    "method", "baseline" and "knockout" (and more): what differs is the key step only, parameters within 2 %
     task:    data with a score (tasks/); `None` arms are never trained
-    control: a task on which the knockout or baseline must reach 90 % of the method's score, to show it is not broken
+    control: a task on which the knockout or baseline must reach 90 % of the method's score, to show it is not broken;
+             each at the best of the rates
     control_arms: which arms that holds for
     require: what the means over `seeds` fresh seeds must satisfy, at each arm's best calibrated learning rate
     """

@@ -61,5 +61,5 @@ class SeqloomConfig(PreTrainedConfig):
         self.vocab_size = getattr(spec.stem, "vocab", 0)
         self.hidden_size = spec.stack.dim
         self.num_hidden_layers = len(spec.stack.blocks)
-        self.num_attention_heads = max(getattr(block.mixer, "heads", 1) for block in spec.stack.blocks)
+        self.num_attention_heads = max(getattr(block.mixer, "heads", None) or 1 for block in spec.stack.blocks)
         self.tie_word_embeddings = isinstance(spec.head, TokenHead) and spec.head.tie

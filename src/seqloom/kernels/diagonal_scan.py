@@ -101,7 +101,8 @@ def fused(a: Shaped[Tensor, "b t ..."], b: Shaped[Tensor, "b t ..."], *, state: 
         state = None if state is None else _parts(state)
     low, real = narrow(b.dtype), b.shape
     a, b = (x.to(low).reshape(*real[:2], -1).contiguous() for x in (a, b))
-    start = b.new_zeros(b[:, 0].shape, dtype=torch.float32) if state is None else state.reshape(b[:, 0].shape).float().contiguous()
+    shape = b[:, 0].shape
+    start = b.new_zeros(shape, dtype=torch.float32) if state is None else state.reshape(shape).float().contiguous()
     code = None if segments is None else torch.where(segments.real, 1 + segments.starts().to(torch.int8), 0).to(torch.int8)
     h, last = diagonal_scan.launch(a, b, start, code)
     h, last = h.reshape(real), last.reshape(real[0], *real[2:])

@@ -14,7 +14,8 @@ from seqloom.core.marks import cast
 from seqloom.mixers import MIXERS
 
 WIDTH = 32
-EXACT, SINGLE = 1e-10, 2e-4  # what float64 and float32 leave between two ways of computing one thing, relative to its largest value
+# what float64 and float32 leave between two ways of computing one thing, relative to its largest value
+EXACT, SINGLE = 1e-10, 2e-4
 
 
 class Case(NamedTuple):

@@ -35,7 +35,8 @@ def future(case: Case, device: str) -> Iterator[Measure]:
                     yield Measure(f"{name}, {setting}, t={t}", gap(moved[:, :t], y[:, :t]), case.limit(name))
                     (back,) = torch.autograd.grad((y[:, :t] * other[:, :t]).sum(), leaf)
                     scale = back[:, :t].abs().max().clamp(min=observe.FLOOR)
-                    yield Measure(f"{name}, {setting}, gradient, t={t}", float(back[:, t:].abs().max() / scale), case.limit(name))
+                    share = float(back[:, t:].abs().max() / scale)
+                    yield Measure(f"{name}, {setting}, gradient, t={t}", share, case.limit(name))
 
 
 # Ways to put 66 tokens among 8 pads; every row has its own.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ class Block:
         return BlockLayer(self, ctx)
 
 
+@runtime_checkable
 class Init(Protocol):
     """A spec of initial values that layers cannot choose alone: it sees the whole stack once its layers have begun."""
 

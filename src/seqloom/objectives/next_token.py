@@ -41,6 +41,9 @@ class NextToken(nn.Module):
         super().__init__()
         if not isinstance(model.spec.head, TokenHead):
             raise BadInput(f"next-token training needs a token_head, not {type(model.spec.head).__name__}")
+        if not model.spec.stack.causal:
+            raise BadInput("next-token training needs a causal model, and a mixer of this one sees the token that it should "
+                           "predict; use causal mixers, or train on masked tokens")
         self.model = model
         self.chunk = chunk
 

@@ -125,7 +125,9 @@ def chunked(q: Float[Tensor, "b t s"], note: Float[Tensor, "b t s"], score: Floa
 FORMS = {"recurrent": recurrent, "chunked": chunked}
 
 
-@torch.library.custom_op("seqloom::choose_notes", mutates_args=())
+@torch.library.custom_op("seqloom::choose_notes", mutates_args=(), schema=(
+    "(Tensor score, Tensor age, Tensor run, Tensor place, Tensor after, SymInt start, int chunk, int block, int pool,"
+    " int slots, str keep, int salt) -> (Tensor, Tensor, Tensor, Tensor)"))
 def _choose(score: Tensor, age: Tensor, run: Tensor, place: Tensor, after: Tensor, start: int, chunk: int, block: int,
             pool: int, slots: int, keep: str, salt: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Which notes of a line [B, L] the chunks of tokens from `start` on gather (index [B, n, W]), which of these each token

@@ -102,7 +102,7 @@ CHECKS = (
         text="another window changes no parameter",
         where="[native-hybrid-attention] Works when 5",
         measure=slots.window_changes_no_parameter,
-        limit=0,
+        limit=0.0,
     ),
 )
 

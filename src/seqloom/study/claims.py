@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -86,17 +87,20 @@ def run_claim(module: str, index: int, *, jobs: int = 1) -> ClaimResult:
         seeds = [SEED_STRIDE * i for i in range(claim.seeds)]
         work = [Job(module, index, arm, "task", lrs[arm], seed) for arm in claim.arms for seed in seeds]
         if claim.control is not None:
-            work += [Job(module, index, arm, "control", lrs[arm], seeds[0]) for arm in ("method", *claim.control_arms)]
+            rates = claim.budget.lrs if trained else claim.budget.lrs[:1]
+            # an arm at chance on the task has no best rate there; whether it can learn at all is asked at every rate
+            work += [Job(module, index, arm, "control", lr, seeds[0])
+                     for arm in ("method", *claim.control_arms) for lr in rates]
         results = list(run(work))
     scores: dict[str, list[dict[str, float]]] = {arm: [] for arm in claim.arms}
     control: dict[str, float] = {}
     parameters: dict[str, int] = {}
     for result in results:
-        parameters[result.job.arm] = result.parameters
         if result.job.task == "control":
-            control[result.job.arm] = result.scores["score"]
+            control[result.job.arm] = max(result.scores["score"], control.get(result.job.arm, -math.inf))
         else:
             scores[result.job.arm].append(result.scores)
+            parameters[result.job.arm] = result.parameters
     means = {arm: {name: statistics.fmean(s[name] for s in runs) for name in runs[0]} for arm, runs in scores.items()}
     requirements = {str(need): need.holds(means) for need in claim.require}
     for arm in claim.control_arms if claim.control is not None else ():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ Observation = tuple[str, ...]
 Agent = Generator[str, Observation, None]  # yields commands, is sent observations
 
 
+@runtime_checkable
 class ToolEnv(Protocol):
     """What a model may act on. `step` never raises: what cannot be done is an observation that says so."""
 

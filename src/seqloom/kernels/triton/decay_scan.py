@@ -3,8 +3,8 @@
 Four passes. `_prepare`, all chunks side by side: the weights of each chunk's pairs, and queries and keys with the decays since
 the chunk's start and until its end. `_forward`, one program per head and block of values: walks through the chunks with S in
 float32 registers, writing outputs and the state that enters each chunk. Backward: `_adjoint`, the same walk from the end, then
-`_values` and `_gradient`, all chunks side by side. What a chunk's gradient needs is exact within the chunk: no sum runs over the whole
-sequence, where it would lose what a strong decay leaves.
+`_values` and `_gradient`, all chunks side by side. What a chunk's gradient needs is exact within the chunk: no sum runs over
+the whole sequence, where it would lose what a strong decay leaves.
 
 Inside a chunk, with r_i the count of boundaries and L_i the sum of log decays since the later of the chunk's start and
 token i's own boundary: pairs weigh exp(L_i - L_j) where r_i = r_j, the entering state is read where r_i is the count before
@@ -24,9 +24,33 @@ import triton.language as tl
 from torch import Tensor
 
 RANGE = tl.constexpr(80.0)
-STATE = 8192              # elements of the state that one walk carries, at most
-KEYS, VALUES = 64, 64     # a block of `_gradient`
-FILL = 64                 # walks that keep a card busy, at least: smaller blocks of values make more of them
+STATE = 8192  # elements of the state that one walk carries, at most
+FILL = 64     # walks that keep a card busy, at least: smaller blocks of values make more of them
+
+
+class Tile(NamedTuple):
+    """A launch: blocks of keys (0: all) and values, warps of a program, stages of its loop's loads."""
+
+    keys: int
+    values: int
+    warps: int
+    stages: int
+
+
+class Config(NamedTuple):
+    prepare: Tile
+    forward: Tile
+    adjoint: Tile
+    values: Tile
+    gradient: Tile
+
+
+# by gate: 0 and 1 for no decay or one per head, 2 for one per channel. Measured on an H100; tests say what is right, not these
+CONFIGS = {
+    0: Config(Tile(0, 0, 4, 3), Tile(0, 64, 4, 2), Tile(0, 64, 4, 2), Tile(0, 64, 4, 1), Tile(0, 64, 8, 1)),
+    1: Config(Tile(0, 0, 4, 3), Tile(0, 64, 4, 2), Tile(0, 64, 4, 2), Tile(0, 64, 4, 1), Tile(0, 64, 8, 1)),
+    2: Config(Tile(0, 0, 8, 3), Tile(0, 64, 4, 2), Tile(0, 64, 4, 2), Tile(0, 64, 4, 1), Tile(64, 64, 8, 1)),
+}
 
 
 @triton.jit
@@ -142,8 +166,12 @@ def _key(k, L, j, i, run):
 def _prepare_kernel(q_ptr, k_ptr, log_a_ptr, code_ptr, scores_ptr, late_ptr, early_ptr, whole_ptr, steep_ptr, T, H, G,
                     K, N, GATE: tl.constexpr, SEG: tl.constexpr, DIAGONAL: tl.constexpr, EXACT: tl.constexpr, C: tl.constexpr,
                     BK: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores [B, N, H, C, C]. With one decay per channel steep [B, N, H] (was the chunk computed pair by pair?), late = q exp(L) and early = k exp(L_end - L) [B, T, H, K] and the
-    decay of the whole chunk [B, N, H, K]; with one per head exp(L), exp(L_end - L) [B, T, H] and whole [B, N, H]."""
+    """Scores [B, N, H, C, C], and what decays are made into.
+
+    With one per channel: late = q exp(L), early = k exp(L_end - L) [B, T, H, K], the decay of the whole chunk [B, N, H, K],
+    and steep [B, N, H], was the chunk computed pair by pair? With one per head: exp(L), exp(L_end - L) [B, T, H], whole
+    [B, N, H].
+    """
     n, bh = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
     i, d = tl.arange(0, C), tl.arange(0, BK)
@@ -428,18 +456,23 @@ def _chunk(dtype: torch.dtype, key: int) -> int:
     return 32 if dtype == torch.float32 and key > 128 else 64
 
 
-def _sizes(key: int, value: int, walks: int) -> tuple[int, int]:
-    """Key channels of a tile, and values of a block of a walk, of which `walks` times the blocks run side by side."""
-    bk = max(triton.next_power_of_2(key), 32)  # below 32 the three passes of tf32x3 come out as one (Triton 3.6)
-    bv = min(max(triton.next_power_of_2(value), 32), max(STATE // bk, 32))
-    while bv > 32 and walks * triton.cdiv(value, bv) < FILL:
-        bv //= 2
-    return bk, bv
+def _keys(key: int) -> int:
+    return max(triton.next_power_of_2(key), 32)  # below 32 the three passes of tf32x3 come out as one (Triton 3.6)
 
 
-def _stages(x: Tensor) -> int:
-    """Loads in flight ahead of a walk. None in float32: Triton 3.6 reads out of bounds where tf32x3 meets a pipelined load."""
-    return 1 if x.dtype == torch.float32 else 2
+def _values(value: int, most: int, bk: int, walks: int | None = None) -> int:
+    """Values of a block. A walk carries keys x values in registers, and `walks` times its blocks fill the card."""
+    bv = min(max(triton.next_power_of_2(value), 32), most if bk <= 128 else most // 2)
+    if walks is not None:
+        bv = min(bv, max(STATE // bk, 32))
+        while bv > 32 and walks * triton.cdiv(value, bv) < FILL:
+            bv //= 2
+    return bv
+
+
+def _launch(tile: Tile, x: Tensor) -> dict[str, int]:
+    """Warps and stages. In float32 no loads ahead: Triton 3.6 reads out of bounds where tf32x3 meets a pipelined load."""
+    return dict(num_warps=tile.warps, num_stages=1 if x.dtype == torch.float32 else tile.stages)
 
 
 def _options(x: Tensor, log_a: Tensor | None, code: Tensor | None) -> dict[str, Any]:
@@ -459,15 +492,14 @@ class Prepared(NamedTuple):
 
 def _prepared(q: Tensor, v: Tensor, log_a: Tensor | None) -> Prepared:
     batch, tokens, _, key = q.shape
-    heads = v.shape[2]
-    chunk = _chunk(q.dtype, key)
-    chunks = -(-tokens // chunk)
+    heads, chunk = v.shape[2], _chunk(q.dtype, key)
     gate = 0 if log_a is None else log_a.ndim - 2
-    single = dict(dtype=torch.float32)
-    shape, kind = {0: ((0,), single), 1: ((batch, tokens, heads), single), 2: ((batch, tokens, heads, key), {})}[gate]
-    whole = {0: (0,), 1: (batch, chunks, heads), 2: (batch, chunks, heads, key)}[gate]
-    return Prepared(q.new_empty(batch, chunks, heads, chunk, chunk), q.new_empty(shape, **kind), q.new_empty(shape, **kind),
-                    q.new_empty(whole, **single), q.new_empty((batch, chunks, heads) if gate == 2 else 0, dtype=torch.int8))
+    sites = [batch, -(-tokens // chunk), heads]
+    each = [[0], [batch, tokens, heads], [batch, tokens, heads, key]][gate]
+    late, early = (q.new_empty(each, dtype=q.dtype if gate == 2 else torch.float32) for _ in range(2))
+    whole = q.new_empty([[0], sites, [*sites, key]][gate], dtype=torch.float32)
+    steep = q.new_empty(sites if gate == 2 else [0], dtype=torch.int8)
+    return Prepared(q.new_empty([*sites, chunk, chunk]), late, early, whole, steep)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, start: Tensor, code: Tensor | None, diagonal: bool,
@@ -475,18 +507,18 @@ def forward(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, start: Tensor
     """y [B, T, H, V], the last state [B, H, K, V] in float32, the states [B, N, H, K, V] if `save`."""
     batch, tokens, groups, key = q.shape
     heads, value = v.shape[2:]
-    chunks = triton.cdiv(tokens, _chunk(q.dtype, key))
-    bk, bv = _sizes(key, value, batch * heads)
+    chunks, rows, bk = triton.cdiv(tokens, _chunk(q.dtype, key)), batch * heads, _keys(key)
     options, ready = _options(q, log_a, code), _prepared(q, v, log_a)
-    _prepare_kernel[(chunks, batch * heads)](
+    config = CONFIGS[options["GATE"]]
+    _prepare_kernel[(chunks, rows)](
         q, k, log_a, code, *ready, tokens, heads, groups, key, chunks, DIAGONAL=diagonal, EXACT=q.dtype == torch.float32, BK=bk,
-        num_warps=8 if options["GATE"] == 2 else 4, **options)
+        **_launch(config.prepare, q), **options)
     y, last = torch.empty_like(v), torch.empty_like(start)
     states = v.new_empty((batch, chunks, heads, key, value) if save else 0)
-    scores, late, early, whole, steep = ready
-    _forward_kernel[(triton.cdiv(value, bv), batch * heads)](
-        q, k, v, late, early, whole, code, scores, start, y, states, last, tokens, heads, groups, key, value, chunks, SAVE=save,
-        BK=bk, BV=bv, num_warps=4, num_stages=_stages(q), **options)
+    block = _values(value, config.forward.values, bk, rows)
+    _forward_kernel[(triton.cdiv(value, block), rows)](
+        q, k, v, ready.late, ready.early, ready.whole, code, ready.scores, start, y, states, last, tokens, heads, groups, key,
+        value, chunks, SAVE=save, BK=bk, BV=block, **_launch(config.forward, q), **options)
     return y, last, states, ready
 
 
@@ -495,28 +527,28 @@ def backward(dy: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: 
     """Gradients of q, k, v, log_a and start."""
     batch, tokens, groups, key = q.shape
     heads, value = v.shape[2:]
-    chunks = triton.cdiv(tokens, _chunk(q.dtype, key))
-    bk, bv = _sizes(key, value, batch * heads)
+    chunks, rows, bk = triton.cdiv(tokens, _chunk(q.dtype, key)), batch * heads, _keys(key)
     options = _options(q, log_a, code)
+    config = CONFIGS[options["GATE"]]
     scores, late, early, whole, steep = ready
+    sizes = (tokens, heads, groups, key, value, chunks)
     adjoints, dstart = torch.empty_like(states), torch.empty_like(dlast)
-    _adjoint_kernel[(triton.cdiv(value, bv), batch * heads)](
-        q, dy, late, early, whole, code, dlast, adjoints, dstart, tokens, heads, groups, key, value, chunks, BK=bk, BV=bv,
-        num_warps=4, num_stages=_stages(q), **options)
+    block = _values(value, config.adjoint.values, bk, rows)
+    _adjoint_kernel[(triton.cdiv(value, block), rows)](
+        q, dy, late, early, whole, code, dlast, adjoints, dstart, *sizes, BK=bk, BV=block, **_launch(config.adjoint, q),
+        **options)
     dq, dk = (q.new_empty(batch, tokens, heads, key) for _ in range(2))
     dv = torch.empty_like(v)
     dlog_a = None if log_a is None else torch.empty_like(log_a)
-    block = min(max(triton.next_power_of_2(value), 32), VALUES if bk <= 128 else VALUES // 2)
-    sizes = (tokens, heads, groups, key, value, chunks)
-    _values_kernel[(chunks, batch * heads)](
-        k, late, early, whole, code, scores, adjoints, dy, dv, *sizes, BK=bk, BV=block, num_warps=4, num_stages=1, **options)
-    vector = options["GATE"] == 2
-    keys = min(bk, KEYS) if vector else bk
-    for hard in (False, True)[: 1 + vector]:
-        _gradient_kernel[(chunks, batch * heads, triton.cdiv(key, keys))](
+    _values_kernel[(chunks, rows)](
+        k, late, early, whole, code, scores, adjoints, dy, dv, *sizes, BK=bk, BV=_values(value, config.values.values, bk),
+        **_launch(config.values, q), **options)
+    keys = min(bk, config.gradient.keys or bk)
+    for hard in (False, True)[: 2 if options["GATE"] == 2 else 1]:
+        _gradient_kernel[(chunks, rows, triton.cdiv(key, keys))](
             q, k, v, log_a, late, early, whole, code, scores, states, adjoints, steep, dy, dq, dk, dlog_a, *sizes,
-            DIAGONAL=diagonal, EXACT=q.dtype == torch.float32, STEEP=hard, BK=keys, BV=block, num_warps=8,
-            num_stages=1, **options)
+            DIAGONAL=diagonal, EXACT=q.dtype == torch.float32, STEEP=hard, BK=keys,
+            BV=_values(value, config.gradient.values, keys), **_launch(config.gradient, q), **options)
     if groups < heads:
         dq, dk = (x.unflatten(2, (groups, -1)).sum(3) for x in (dq, dk))
     return dq, dk, dv, dlog_a, dstart
