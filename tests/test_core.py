@@ -351,7 +351,7 @@ def named(name):
     return lambda x, **options: name
 
 
-FORMS = {"recurrent": named("recurrent"), "chunked": named("chunked"), "fused": core.gpu_only(named("fused"))}
+FORMS = {"recurrent": named("recurrent"), "chunked": named("chunked"), "fused": core.gpu_only(torch.bfloat16)(named("fused"))}
 
 
 def ran(tokens=4, **options):

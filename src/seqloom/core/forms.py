@@ -27,14 +27,20 @@ _seen: dict[tuple[str, str], str] = {}
 PREFERENCE = ("fused", "chunked", "parallel")
 
 
-def gpu_only(function: Callable) -> Callable:
+def gpu_only(*chosen_for: torch.dtype) -> Callable[[Callable], Callable]:
     """Mark a form written in Triton: it runs on CUDA devices where triton is installed, and with TRITON_INTERPRET=1 in the
-    environment, slowly, on the CPU. It computes in float32 at most, so that float64 never chooses it by itself."""
-    installed = importlib.util.find_spec("triton") is not None
-    interpreted = installed and os.environ.get("TRITON_INTERPRET") == "1"
-    function.devices = ("cuda",) * installed + ("cpu",) * interpreted  # type: ignore[attr-defined]
-    function.widest = torch.float32  # type: ignore[attr-defined]
-    return function
+    environment, slowly, on the CPU. It computes in float32 at most, so that float64 never chooses it by itself; with
+    `chosen_for`, nor does any other dtype. Asked for by name it takes all."""
+
+    def mark(function: Callable) -> Callable:
+        installed = importlib.util.find_spec("triton") is not None
+        interpreted = installed and os.environ.get("TRITON_INTERPRET") == "1"
+        function.devices = ("cuda",) * installed + ("cpu",) * interpreted  # type: ignore[attr-defined]
+        function.widest = torch.float32  # type: ignore[attr-defined]
+        function.chosen_for = chosen_for  # type: ignore[attr-defined]
+        return function
+
+    return mark
 
 
 def narrow(dtype: torch.dtype) -> torch.dtype:
@@ -84,7 +90,8 @@ def choose(forms: Mapping[str, Callable], *, name: str, tokens: int, device: tor
     definition = next(iter(forms))
     if tokens == 1 and definition == "recurrent":
         return definition
-    return next((form for form in prefer if form in able and is_exact(forms[form], dtype)), definition)
+    fits = lambda form: is_exact(form, dtype) and dtype in (getattr(form, "chosen_for", ()) or (dtype,))  # noqa: E731
+    return next((form for form in prefer if form in able and fits(forms[form])), definition)
 
 
 def run(forms: Mapping[str, Callable], *streams: torch.Tensor, name: str, layer_form: str | None = None,

@@ -161,7 +161,7 @@ def chunked(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b t *n h k"], v: Floa
     return Mixed(rearrange(y, "b n h c v -> b (n c) h v")[:, :tokens].to(dtype), new)
 
 
-@gpu_only
+@gpu_only(torch.bfloat16, torch.float16)  # float32 faulted on an H100 in some shapes (Triton 3.6, tf32x3): not unasked
 def fused(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b t *n h k"], v: Float[Tensor, "b t *n h v"],
           beta: Float[Tensor, "b t *n h"], log_a: Float[Tensor, "b t h"] | None = None, *,
           state: Float[Tensor, "b h k v"] | None = None, segments: Segments | None = None) -> Mixed:

@@ -79,7 +79,7 @@ def chunked(a: Shaped[Tensor, "b t ..."], b: Shaped[Tensor, "b t ..."], *, state
     return Mixed(h if segments is None else segments.hold(h), last)
 
 
-@gpu_only
+@gpu_only()
 def fused(a: Shaped[Tensor, "b t ..."], b: Shaped[Tensor, "b t ..."], *, state: Tensor | None = None,
           segments: Segments | None = None) -> Mixed:
     """One Triton kernel over parts of T side by side, with states in float32. Every gradient is deterministic.

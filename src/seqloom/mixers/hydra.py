@@ -60,8 +60,9 @@ def _matrix(C: Tensor, B: Tensor, x: Tensor, dt: Tensor, log_a: Tensor, skip: Te
     return Mixed(y if segments is None else segments.hold(y))
 
 
-def _scans(form: Callable[..., Mixed]) -> Callable[..., Mixed]:
-    """Both scans by `form`, side by side in the batch, each read one token late; summed in the accumulator's dtype."""
+def _scans(form: Callable[..., Mixed], rounded: bool = False) -> Callable[..., Mixed]:
+    """Both scans by `form`, side by side in the batch, each read one token late; summed in the accumulator's dtype. With
+    `rounded` values are rounded first, for a form whose products are in the dtype of its streams."""
 
     @wraps(form, assigned=())
     def run(C: Tensor, B: Tensor, x: Tensor, dt: Tensor, log_a: Tensor, skip: Tensor, *, segments: Segments | None = None,
@@ -70,12 +71,13 @@ def _scans(form: Callable[..., Mixed]) -> Callable[..., Mixed]:
             x, dt, skip = (segments.hold(stream) for stream in (x, dt, skip))
         x_wide = x.to(dt.dtype)
         C, B, v, log_a = (both(s[:, :, 0], s[:, :, 1]) for s in (C, B, dt[..., None] * x_wide[:, :, None], log_a))
+        v = v.to(x.dtype) if rounded else v
         both_ways = both_segments(segments)
         start = x_wide.new_zeros(len(v), v.shape[2], B.shape[-1], v.shape[-1])
         y = form(C, B, v, log_a, state=start, segments=both_ways).y
         if combine == "shift":
             y = previous(y, both_ways)
-        ahead, behind = apart(y)
+        ahead, behind = apart(y.to(dt.dtype))
         y = torch.addcmul(ahead + behind, skip[..., None], x_wide).to(x.dtype)
         return Mixed(y if segments is None else segments.hold(y))
 
@@ -86,7 +88,7 @@ FORMS = {
     "matrix": _matrix,
     "chunked": _scans(decay_scan.chunked),
     "recurrent": _scans(partial(scan, decay_scan.step)),
-    "fused": _scans(decay_scan.fused),
+    "fused": _scans(decay_scan.fused, rounded=True),
 }
 
 

@@ -37,7 +37,7 @@ CAUSAL = {"recurrent": partial(scan, decay_scan.step), "chunked": decay_scan.chu
           "fused": decay_scan.fused}
 
 
-@gpu_only
+@gpu_only(torch.bfloat16, torch.float16)
 def _fused(*streams: Tensor, **options: Any) -> Mixed:
     """Both directions by the fused scan; a function, since a compiler does not see what is marked on a partial one."""
     return decay_scan.bidirectional(*streams, form=decay_scan.fused, **options)

@@ -29,15 +29,17 @@ from seqloom.kernels import decay_scan
 from seqloom.parts import RMSNorm, ShortConv, linear
 
 
-def _stepped(form: Callable[..., Mixed]) -> Callable[..., Mixed]:
-    """The scan of values dt x, multiplied in the accumulator's dtype and rounded once, at the end."""
+def _stepped(form: Callable[..., Mixed], rounded: bool = False) -> Callable[..., Mixed]:
+    """The scan of values dt x, multiplied in the accumulator's dtype and rounded once, at the end; with `rounded` before the
+    scan too, for a form whose products are in the dtype of its streams."""
 
     @wraps(form, assigned=())
     def run(C: Tensor, B: Tensor, x: Tensor, dt: Tensor, log_a: Tensor, *, segments: Segments | None = None,
             **options: Any) -> Mixed:
         if segments is not None:
             x, dt = segments.hold(x), segments.hold(dt)
-        y, state, _ = form(C, B, dt[..., None] * x.to(dt.dtype), log_a, segments=segments, **options)
+        values = dt[..., None] * x.to(dt.dtype)
+        y, state, _ = form(C, B, values.to(x.dtype) if rounded else values, log_a, segments=segments, **options)
         return Mixed(y.to(x.dtype), state)
 
     return run
@@ -47,7 +49,7 @@ FORMS = {
     "recurrent": _stepped(partial(scan, decay_scan.step)),
     "chunked": _stepped(decay_scan.chunked),
     "parallel": _stepped(decay_scan.parallel),
-    "fused": _stepped(decay_scan.fused),
+    "fused": _stepped(decay_scan.fused, rounded=True),
 }
 
 
