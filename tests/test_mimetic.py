@@ -40,6 +40,13 @@ def test_layers_inside_a_mixer_are_found():
         assert torch.equal(inner.A_log, torch.full_like(inner.A_log, -8.0))
 
 
+def test_a_second_scan_without_a_convolution_of_its_own_is_set_too():
+    mixer = DiffMamba(mixer=MIXERS["mamba"], double="scan")
+    model = stack(SoftmaxAttention(heads=2), mixer, init=MimeticInit(layers=(1,), conv=True)).build()
+    rates = [value for name, value in model.blocks[1].mixer.named_parameters() if name.endswith("A_log")]
+    assert len(rates) == 2 and all(torch.equal(value, torch.full_like(value, -8.0)) for value in rates)
+
+
 def test_a_saved_model_keeps_what_was_trained_and_not_the_start(tmp_path):
     spec = language_model(vocab=11, stack=stack(*(MIXERS["mamba2"],) * 2, init=MimeticInit(c=5.0)))
     assert unpack(json.loads(json.dumps(pack(spec, KINDS))), KINDS) == spec

@@ -123,7 +123,8 @@ def _mamba(layer: MambaLayer, init: MimeticInit) -> list[str]:
         _, B, C = layer.x_proj.weight.split(layer.widths)
         _relate(C, B, init.mix)
         names += ["x_proj.weight"]
-    return names + (_pass_through(layer.conv1d, "conv1d") if init.conv else [])
+    # of a block whose scan alone is doubled, the second half has no convolution
+    return names + (_pass_through(layer.conv1d, "conv1d") if init.conv and hasattr(layer, "conv1d") else [])
 
 
 def _gated_linear(layer: GatedLinearAttentionLayer, init: MimeticInit) -> list[str]:
