@@ -165,7 +165,7 @@ def layer(spec, dim=12, at=1, depth=3):
 def test_hgrn_states_are_averages_of_what_was_written():
     """|h_t| <= max_s |c_s| for each channel: the gates sum to 1 and turning keeps lengths. [hgrn] Works when 3."""
     mixer, x = layer(HGRN()), torch.randn(2, 80, 12, dtype=torch.float64)
-    decay, write = mixer.gates(x, torch.float64)
+    decay, write, _ = mixer.gates(x, torch.float64)
     h, _, _ = mixer.spec.forms["chunked"](decay, write, theta=mixer.theta)
     length = lambda pairs: torch.hypot(*pairs.chunk(2, -1))  # noqa: E731
     candidates = length(F.silu(mixer.i_proj(x)))
@@ -175,7 +175,7 @@ def test_hgrn_states_are_averages_of_what_was_written():
 def test_hgrn_turning_can_be_absorbed():
     """h_t = e^{i theta t} h'_t, h' of real decay on turned writes. [hgrn] Works when 2."""
     mixer, x = layer(HGRN()), torch.randn(2, 80, 12, dtype=torch.float64)
-    decay, write = mixer.gates(x, torch.float64)
+    decay, write, _ = mixer.gates(x, torch.float64)
     h = torch.complex(*mixer.spec.forms["recurrent"](decay, write, theta=mixer.theta).y.chunk(2, -1))
     turn = torch.polar(torch.ones(80, 12, dtype=torch.float64), torch.arange(80)[:, None] * mixer.theta.detach())
     still = diagonal_scan.chunked(decay, torch.complex(*write.chunk(2, -1)) * turn.conj()).y
@@ -226,7 +226,7 @@ def test_hgrn_gates_equal_the_log_space_form():
             mixer.layer = at
             bound = mixer._bounds[0](at, torch.float64)
             log_f = F.logsigmoid(z) if at == 0 else torch.logaddexp(bound.log(), torch.log1p(-bound) + F.logsigmoid(z))
-            decay, write = mixer.gates(torch.zeros(1, 1, 5, dtype=torch.float64), torch.float64)
+            decay, write, _ = mixer.gates(torch.zeros(1, 1, 5, dtype=torch.float64), torch.float64)
             torch.testing.assert_close(decay[0, 0], log_f.exp(), **near)
             torch.testing.assert_close(write[0, 0], -torch.expm1(log_f) * 2 / (1 + math.exp(-2)), **near)
 
@@ -237,7 +237,7 @@ def test_hgrn_high_layers_remember():
     for kind in ("rising", "none"):
         torch.manual_seed(0)
         mixer = HGRN(lower_bounds=kind).build(BuildContext(dim=32, layer=3, depth=4))
-        decay, _ = mixer.gates(torch.randn(8, 64, 32), torch.float32)
+        decay, _, _ = mixer.gates(torch.randn(8, 64, 32), torch.float32)
         kept[kind] = decay.log10().sum(1).mean().item()
     assert kept["rising"] > kept["none"] + 10
 

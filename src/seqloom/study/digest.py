@@ -36,7 +36,9 @@ def influences(*roots: str) -> list[str]:
         found.add(name)
         for value in vars(importlib.import_module(name)).values():
             other = value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", None)
-            if isinstance(other, str) and other.startswith("seqloom."):
+            # a package has its submodules as attributes, whoever imported them
+            own = inspect.ismodule(value) and value.__name__.startswith(f"{name}.")
+            if isinstance(other, str) and other.startswith("seqloom.") and not own:
                 todo.append(other)
     return sorted(found)
 
