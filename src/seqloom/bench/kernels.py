@@ -21,6 +21,7 @@ from seqloom.kernels import decay_scan, delta_scan, diagonal_scan
 
 HEADS, DIM, TOKENS = 16, 128, 32768  # of a batch, whatever its length
 LENGTHS = (2048, 8192, 32768)
+TRUST = 0.02  # relative error at which a form is not timed: bfloat16 leaves 0.002 to 0.005
 Streams = tuple[Tensor, ...]
 
 
@@ -172,7 +173,7 @@ def kernels(names: list[str] | None = None, *, lengths: tuple[int, ...] = LENGTH
             row: dict[str, Any] = {"kernel": name, "tokens": tokens, "batch": TOKENS // tokens, "error": worst,
                                    "error_ratio": ratio, "setup_seconds": round(setup, 1)}
             rows.append(row)
-            if not worst < 0.1:
+            if not worst < TRUST:
                 row["red"] = "differs from float64: not timed"
                 continue
             streams = [x.requires_grad_() for x in kernel.make(TOKENS // tokens, tokens)]
