@@ -8,7 +8,7 @@ from seqloom.core import MissingExtra, Segments, is_exact
 from seqloom.mixers import Hydra, LinearAttention, Lion, hydra, lion
 from seqloom.parts.bidirectional import CentredConv, previous
 from seqloom.tasks import DigitPatches
-from seqloom.tasks import digits as digit_files
+from seqloom.tasks.real import digits as digit_files
 
 
 def segments(*rows):

@@ -254,7 +254,7 @@ def test_an_absent_extra_is_named(tmp_path, capsys, monkeypatch):
 
 
 def test_bench_times_mixers_and_writes_what_it_found(tmp_path, capsys):
-    assert main(["bench", "segments", "--mixers", "linear", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    assert main(["bench", "layers", "--part", "segments", "--mixers", "linear", "--rounds", "1", "--out", str(tmp_path)]) == 0
     assert "cost" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "segments_cpu.json").read_text())["rows"]
     assert row["name"] == "linear" and row["cost"] > 0

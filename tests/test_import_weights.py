@@ -12,12 +12,17 @@ from safetensors.torch import load_file, save_file
 from seqloom.core import BadInput
 from seqloom.generate import generate
 from seqloom.hub import SeqloomForCausalLM, export, import_checkpoint, load, wrap
-from seqloom.hub.foreign import LAYOUTS
+from seqloom.hub.foreign import LAYOUTS, fla
 
 VOCAB, WIDTH = 96, 32
 SHARED = dict(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 ATTENTION = dict(SHARED, intermediate_size=56, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
                  attn_implementation="eager")
+
+
+DEEP = dict(ATTENTION, num_hidden_layers=3)
+QWEN = dict(DEEP, head_dim=16, layer_types=["linear_attention", "full_attention", "linear_attention"], linear_key_head_dim=6,
+            linear_value_head_dim=5, linear_conv_kernel_dim=3, rms_norm_eps=0.02)
 
 
 def rope(kind: str, **settings) -> dict:
@@ -49,6 +54,24 @@ CASES = {
     "mamba2-biased": ("Mamba2ForCausalLM", dict(
         SHARED, state_size=6, num_heads=4, head_dim=8, expand=1, n_groups=1, use_bias=True, use_conv_bias=False, conv_kernel=2,
         tie_word_embeddings=True, time_step_limit=(0.01, 0.5))),
+    "falcon_mamba": ("FalconMambaForCausalLM", dict(SHARED, state_size=5, layer_norm_epsilon=0.05, mixer_rms_eps=0.02)),
+    "jamba": ("JambaForCausalLM", dict(
+        DEEP, num_experts=1, attn_layer_period=3, attn_layer_offset=1, mamba_d_state=5, mamba_dt_rank=7, rms_norm_eps=0.02)),
+    "jamba-biased": ("JambaForCausalLM", dict(
+        DEEP, num_experts=4, expert_layer_period=9, expert_layer_offset=8, attn_layer_period=2, attn_layer_offset=0,
+        mamba_d_state=4, mamba_expand=1, mamba_d_conv=3, mamba_conv_bias=False, mamba_proj_bias=True,
+        tie_word_embeddings=True)),
+    "bamba": ("BambaForCausalLM", dict(
+        DEEP, attn_layer_indices=[1], mamba_n_heads=8, mamba_n_groups=2, mamba_d_state=6, mamba_chunk_size=16,
+        rms_norm_eps=0.02)),
+    "bamba-biased": ("BambaForCausalLM", dict(
+        DEEP, attn_layer_indices=[0, 2], mamba_n_heads=4, mamba_d_head=8, mamba_expand=1, mamba_d_state=5, mamba_proj_bias=True,
+        attention_bias=True, time_step_limit=(0.01, 0.5), tie_word_embeddings=True)),
+    "qwen3_next": ("Qwen3NextForCausalLM", dict(QWEN, num_experts=0, linear_num_key_heads=2, linear_num_value_heads=4)),
+    "qwen3_next-biased": ("Qwen3NextForCausalLM", dict(
+        QWEN, num_experts=4, decoder_sparse_step=2, mlp_only_layers=[1], linear_num_key_heads=3, linear_num_value_heads=3,
+        attention_bias=True, tie_word_embeddings=True)),
+    "qwen3_5_text": ("Qwen3_5ForCausalLM", dict(QWEN, linear_num_key_heads=2, linear_num_value_heads=6)),
 }
 
 
@@ -91,7 +114,7 @@ def test_every_setting_matters(checkpoint):
     theirs, folder = checkpoint
     config = json.loads((folder / "config.json").read_text())
     altered = {
-        "rms_norm_eps": lambda value: 0.5, "layer_norm_epsilon": lambda value: 0.5,
+        "rms_norm_eps": lambda value: 0.5, "layer_norm_epsilon": lambda value: 0.5, "mixer_rms_eps": lambda value: 0.5,
         "sliding_window": lambda value: 3 if value else value,
         "rope_parameters": lambda value: {**value, "rope_theta": 20.0},
     }
@@ -226,4 +249,4 @@ def test_damaged_weights_are_named(llama):
 
 
 def test_the_table_covers_what_the_cases_try():
-    assert set(LAYOUTS) == {case.split("-")[0] for case in CASES}
+    assert set(LAYOUTS) - set(fla.LAYOUTS) == {case.split("-")[0] for case in CASES}

@@ -2,17 +2,19 @@
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from seqloom.core import BuildContext, Info, Segments, Track
+from seqloom.core.forms import runnable
 from seqloom.core.segments import resolve
 from seqloom.core.state import leaves
-from seqloom.kernels import softmax
+from seqloom.kernels import cuda_attention, softmax
 from seqloom.kernels.merge import Partial, merge
-from seqloom.kernels.rows import regroup
+from seqloom.kernels.rows import pack, regroup
 from seqloom.kernels.softmax import Coords, Pattern, line
 from seqloom.mixers.softmax import SoftmaxAttention
 from seqloom.parts.positions import LinearScaling, Llama3Scaling, Rope, YarnScaling, alibi_slopes, rotate, rotate_qkv
@@ -27,6 +29,7 @@ PATTERNS = {
     "slopes": Pattern(slopes=alibi_slopes(4)),
     "slopes in a window": Pattern(window=6, slopes=alibi_slopes(4)),
 }
+FORMS = {name: softmax.FORMS[name] for name in runnable(softmax.FORMS, "cpu")}
 
 
 def draw(*shape, seed=0):
@@ -75,12 +78,12 @@ def loops(q, k, v, pattern, ids):
     return torch.from_numpy(y)
 
 
-@pytest.mark.parametrize("form", softmax.FORMS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_pattern_is_what_its_words_say(name, form):
     segments, ids = packed(24)
     q, k, v = qkv(24)
-    got = softmax.FORMS[form](q, k, v, pattern=PATTERNS[name], segments=segments).y
+    got = FORMS[form](q, k, v, pattern=PATTERNS[name], segments=segments).y
     torch.testing.assert_close(got, loops(q, k, v, PATTERNS[name], ids), rtol=0, atol=1e-12)
 
 
@@ -97,7 +100,7 @@ def test_forms_agree_over_many_blocks(name, past):
     keys = softmax.cat(before, own._replace(position=own.position + offset))
     placed = dict(queries=keys.slice(past, past + tokens), keys=keys) if past else {}
     seen = {}
-    for form, function in softmax.FORMS.items():
+    for form, function in FORMS.items():
         streams = [x.clone().requires_grad_() for x in (q, k, v)]
         y, lse = function(*streams, pattern=pattern, segments=segments, **placed)
         loss = (y * draw(*y.shape, seed=5)).sum()
@@ -128,11 +131,11 @@ def test_merge_of_parts_is_the_whole_in_any_order():
         merge([whole, Partial(whole.y)])
 
 
-@pytest.mark.parametrize("form", softmax.FORMS)
+@pytest.mark.parametrize("form", FORMS)
 def test_no_visible_key_gives_zero_and_finite_gradients(form):
     q, k, v = (x.requires_grad_() for x in qkv(3, 8))
     keys = line(8, q.device).expand(2)._replace(real=torch.tensor([[True] * 8, [False] * 8]))
-    y, lse = softmax.FORMS[form](q, k, v, pattern=Pattern(order="dense"), keys=keys)
+    y, lse = FORMS[form](q, k, v, pattern=Pattern(order="dense"), keys=keys)
     assert not y[1].any() and y[0].all()
     assert lse is None or (lse[1] == -torch.inf).all()
     gradients = torch.autograd.grad(merge([Partial(y, lse)]).y.sum() if lse is not None else y.sum(), [q, k, v])
@@ -143,15 +146,15 @@ def test_multiplicities_count_a_key_several_times():
     q, k, v = qkv(4, 5)
     times = torch.tensor([1, 3, 1, 2, 1])
     repeated = softmax.matrix(q, k.repeat_interleave(times, 1), v.repeat_interleave(times, 1), pattern=Pattern(order="dense"))
-    for form in softmax.FORMS.values():
+    for form in FORMS.values():
         got = form(q, k, v, pattern=Pattern(order="dense"), keys=line(5, q.device)._replace(counts=times[None]))
         torch.testing.assert_close(got.y, repeated.y, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("form", softmax.FORMS)
+@pytest.mark.parametrize("form", FORMS)
 def test_large_scores_stay_finite(form):
     q, k, v = (x.float() for x in qkv(40))
-    y = softmax.FORMS[form](q * 1e2, k * 1e2, v, pattern=Pattern()).y
+    y = FORMS[form](q * 1e2, k * 1e2, v, pattern=Pattern()).y
     torch.testing.assert_close(y.double(), softmax.matrix(q.double() * 1e2, k.double() * 1e2, v.double(), pattern=Pattern()).y,
                                rtol=0, atol=1e-3)
 
@@ -185,8 +188,244 @@ def test_regroup_of_whole_and_of_empty_rows():
     assert regroup(whole).split(x)[0] is x
     none = Segments(torch.zeros(2, 5, dtype=torch.bool), torch.zeros(2, 5, dtype=torch.int64))
     assert regroup(none).buckets == ()
-    for form in softmax.FORMS.values():
+    for form in FORMS.values():
         assert not form(*qkv(5), pattern=Pattern(), segments=none).y.any()
+
+
+# What runs on CUDA, as far as a CPU shows it ------------------------------------------------------------------------------
+
+def after(past, tokens):
+    """Coordinates of `tokens` in segments after `past` cached keys, the first three of which are gone."""
+    own = softmax.packed(packed(tokens)[0])
+    if not past:
+        return own, own
+    own = own._replace(position=own.position + torch.where(own.run == 0, past, 0))
+    before = line(past, torch.device("cpu")).expand(2)._replace(real=torch.arange(past).expand(2, -1) > 2)
+    keys = softmax.cat(before, own)
+    return keys.slice(past, past + tokens), keys
+
+
+@pytest.mark.parametrize(("tokens", "past"), [(24, 0), (24, 150), (300, 0), (300, 37)])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_an_interval_of_keys_is_what_a_query_sees(name, tokens, past):
+    pattern = PATTERNS[name]
+    plain = line(tokens, torch.device("cpu"), past), line(tokens + past, torch.device("cpu"))
+    shuffle = torch.randperm(tokens + past, generator=torch.Generator().manual_seed(0)).expand(2, -1)
+    own, stored = after(past, tokens)
+    for queries, keys in ((own, stored), (own, stored.take(shuffle)), plain):
+        first, last, rank = pattern.interval(queries, keys)
+        seen = (first[:, :, None] <= rank[:, None]) & (rank[:, None] <= last[:, :, None])
+        assert (seen == pattern.sees(queries, keys)).all() and first.dtype == last.dtype == rank.dtype == torch.int32
+
+
+@pytest.mark.parametrize(("tokens", "past"), [(24, 0), (300, 0), (300, 150)])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_blocks_are_those_with_visible_pairs(name, tokens, past):
+    pattern, stored = PATTERNS[name], tokens + past
+    queries, keys = after(past, tokens)
+    shape = cuda_attention.filled(tokens, stored)
+    mask = cuda_attention.blocks(*pattern.interval(queries, keys), *shape)
+    sees = torch.nn.functional.pad(pattern.sees(queries, keys), (0, shape[1] - stored, 0, shape[0] - tokens))
+    share = sees.unflatten(2, (-1, mask.BLOCK_SIZE[1])).unflatten(1, (-1, mask.BLOCK_SIZE[0])).double().mean((2, 4))
+
+    def listed(count, index):
+        chosen = torch.zeros_like(share, dtype=torch.bool)
+        for b, i in itertools.product(*map(range, share.shape[:2])):
+            chosen[b, i, index[b, 0, i, : count[b, 0, i]].long()] = True
+        return chosen
+
+    assert (listed(mask.full_kv_num_blocks, mask.full_kv_indices) == (share == 1)).all()
+    assert (listed(mask.kv_num_blocks, mask.kv_indices) == ((share > 0) & (share < 1))).all()
+
+
+def test_lengths_are_filled_up_to_few_sizes():
+    sizes = [cuda_attention.bucket(n) for n in range(1, 40_000)]
+    assert all(n <= size and size % 128 == 0 for n, size in enumerate(sizes, 1))
+    assert all(size <= max(n + 127, 1.25 * n) for n, size in enumerate(sizes, 1)) and len(set(sizes)) < 32
+    assert cuda_attention.filled(1000, 1000) == (1024, 1024) and cuda_attention.filled(1100, 1100) == (1280, 1280)
+    assert cuda_attention.filled(100, 2100) == (128, 4096)
+    for n in (128, 1024, 5 * 2**15, 7 * 2**18, 2**20):
+        size, block = cuda_attention.bucket(n), cuda_attention.block_size(cuda_attention.bucket(n))
+        assert size % block == 0 and size // block <= 1024 and block % 128 == 0
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("name", PATTERNS)
+def test_flex_is_the_definition(name):
+    """Uncompiled, on the CPU, where it is not offered: what it is given, filled up and cut off. Heads of 6 and 5 numbers."""
+    assert "flex" not in FORMS
+    with torch.no_grad():
+        for tokens, past, given in ((70, 0, False), (70, 0, True), (70, 80, False), (70, 80, True)):
+            q, k, v = (x.float() for x in qkv(tokens, tokens + past))
+            how = dict(zip(("queries", "keys"), after(past, tokens), strict=True)) if given and past else {}
+            how |= dict(segments=packed(tokens)[0]) if given else {}
+            got = softmax.flex(q, k, v, pattern=PATTERNS[name], **how)
+            want = softmax.matrix(q.double(), k.double(), v.double(), pattern=PATTERNS[name], **how)
+            torch.testing.assert_close(got.y.double(), want.y, rtol=0, atol=2e-6)
+            torch.testing.assert_close(got.lse.double(), want.lse, rtol=0, atol=2e-6)
+        q, k, v = (x.float() for x in qkv(4, 5))
+        keys = line(5, q.device)._replace(counts=torch.tensor([[1, 3, 1, 2, 1]]))
+        pattern = Pattern(order="dense", slopes=alibi_slopes(4))
+        for got, want in zip(*(f(q, k, v, pattern=pattern, keys=keys) for f in (softmax.flex, softmax.matrix)), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_compiles_once_for_the_lengths_of_a_size_and_all_patterns(monkeypatch):
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    monkeypatch.setattr(cuda_attention, "_attend", cuda_attention._compiled.__wrapped__("a test"))
+    with torch.no_grad():
+        for tokens in (130, 200, 250):
+            q, k, v = (x.float() for x in qkv(tokens))
+            for name in ("causal", "dense", "window", "prefix"):
+                how = dict(pattern=PATTERNS[name], segments=packed(tokens)[0])
+                torch.testing.assert_close(softmax.flex(q, k, v, **how).y, softmax.matrix(q, k, v, **how).y, rtol=0, atol=2e-6)
+    assert counter.frame_count == 1
+    whole = torch.compile(lambda q, k, v: softmax.flex(q, k, v, **how).y, fullgraph=True)  # and within a user's graph
+    with torch.no_grad():
+        torch.testing.assert_close(whole(q, k, v), softmax.matrix(q, k, v, **how).y, rtol=0, atol=2e-6)
+
+
+def varlen_in_words(q, k, v, q_starts, k_starts, most_q, most_k, window, scale):
+    """What torch.nn.attention.varlen computes, row by row."""
+    y, ends = [], [x.tolist() for x in (q_starts, k_starts)]
+    assert most_q == max(b - a for a, b in itertools.pairwise(ends[0])) and q_starts.dtype == torch.int32
+    assert most_k == max(b - a for a, b in itertools.pairwise(ends[1])) and ends[0][-1] == q.shape[0]
+    for (a, b), (c, d) in zip(*map(itertools.pairwise, ends), strict=True):
+        ahead = torch.arange(d - c)[None] - torch.arange(b - a)[:, None] - (d - c - b + a)
+        hidden = (ahead > window[1] if window[1] >= 0 else False) | torch.tensor(window[0] >= 0) & (-ahead > window[0])
+        key, value = (x[c:d].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        score = torch.einsum("thk,shk->hts", q[a:b], key) * scale
+        y.append(torch.einsum("hts,shv->thv", score.masked_fill(hidden, -torch.inf).softmax(-1), value))
+    return torch.cat(y)
+
+
+@pytest.mark.parametrize("name", ["causal", "dense", "window", "wide window", "both sides"])
+def test_rows_of_any_length_are_the_segments(name, monkeypatch):
+    monkeypatch.setattr(cuda_attention, "varlen", varlen_in_words)
+    pattern, real = PATTERNS[name], torch.ones(2, 60, dtype=torch.bool)
+    for segments in (packed(60)[0], Segments(real, torch.tensor([[0] * 60, [1] * 60])), Segments(~real, torch.zeros(2, 60)),
+                     Segments(real, torch.tensor([[0] * 20 + [1] * 40, [1] * 7 + [2] * 53]))):
+        q, k, v = (segments.hold(x, torch.nan).requires_grad_() for x in qkv(60))
+        seen = [softmax._by_length(q, k, v, pattern, segments, None),
+                softmax.matrix(q, k, v, pattern=pattern, segments=segments).y]
+        for y in list(seen):
+            seen += torch.autograd.grad((y * draw(*y.shape, seed=3)).sum(), (q, k, v)) if y.any() else []
+        for got, want in zip(*(seen[:1] + seen[2:5], seen[1:2] + seen[5:]), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+    for stored in (60, 83):  # whole rows, the queries last
+        q, k, v = qkv(60, stored)
+        got, want = softmax._by_length(q, k, v, pattern, None, None), softmax.matrix(q, k, v, pattern=pattern).y
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_pack_counts_from_segments():
+    segments, ids = packed(60)
+    rows = pack(segments)
+    lengths = sorted(itertools.chain(*(bucket.real.sum(1).tolist() for bucket in regroup(segments).buckets)))
+    assert sorted(torch.diff(rows.starts).tolist()) == lengths and rows.longest == lengths[-1]
+    x = torch.where(ids[..., None] == 0, torch.nan, draw(2, 60, 3)).requires_grad_()
+    torch.testing.assert_close(rows.join(rows.split(x)), torch.where(ids[..., None] == 0, 0.0, x), rtol=0, atol=0)
+    (gradient,) = torch.autograd.grad(rows.split(x).sum(), x)
+    torch.testing.assert_close(gradient, torch.where(ids[..., None] == 0, 0.0, 1.0).expand_as(x).double(), rtol=0, atol=0)
+
+
+def test_one_query_of_grouped_heads():
+    q, k, v = qkv(1, 9)
+    keep, bias = torch.rand(2, 1, 1, 9) > 0.3, torch.randn(1, 4, 1, 9).double()
+    keep[..., 0] = True
+    for mask in (None, keep, torch.where(keep, bias, -torch.inf)):
+        got, want = (f(q, k, v, 0.7, mask) for f in (softmax._one_query, softmax._sdpa))
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+class OnCuda:
+    """Streams on a CUDA device, as far as the choice of a form looks at them."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self, tokens, heads=16, dim=128, dtype=torch.bfloat16):
+        self.shape, self.dtype = (2, tokens, heads, dim), dtype
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(cuda_attention, "VARLEN", True)
+    monkeypatch.setattr(cuda_attention, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+@pytest.mark.parametrize(("first", "how"), [
+    ("fused", dict(pattern="causal")),                                        # scaled_dot_product_attention
+    ("fused", dict(pattern="dense", stored=4000)),
+    ("fused", dict(pattern="causal", stored=4000)),                           # rows of any length
+    ("fused", dict(pattern="causal", segments=True)),
+    ("fused", dict(pattern="both sides", segments=True)),
+    ("fused", dict(pattern="window")),
+    ("fused", dict(pattern="slopes", tokens=1, stored=4000, keys=True)),      # one row of a mask
+    ("flex", dict(pattern="prefix")),
+    ("flex", dict(pattern="slopes")),
+    ("flex", dict(pattern="slopes in a window", segments=True)),
+    ("flex", dict(pattern="causal", stored=4000, keys=True, segments=True)),
+    ("flex", dict(pattern="causal", segments=True, dim=512)),                 # flash attention takes heads up to 256
+    ("flex", dict(pattern="causal", lse=True)),
+    ("flex", dict(pattern="causal", tokens=1, lse=True)),
+    ("chunked", dict(pattern="prefix", dtype=torch.float32)),
+    ("chunked", dict(pattern="dense", segments=True, dtype=torch.float32)),
+    ("fused", dict(pattern="causal", segments=True, dtype=torch.float32)),    # causal rows, no mask
+    ("fused", dict(pattern="window", segments=True, dtype=torch.float32)),    # a band
+    ("fused", dict(pattern="prefix", dtype=torch.float64)),
+    ("fused", dict(pattern="causal", tokens=5, stored=4000, keys=True, grad=False)),  # a small mask, and no gradient
+    ("flex", dict(pattern="causal", tokens=5, stored=4000, keys=True)),
+    ("flex", dict(pattern="causal", segments=True, compiled=True)),
+    ("fused", dict(pattern="causal", compiled=True)),
+    ("fused", dict(pattern="window", compiled=True)),
+], ids=str)
+def test_which_form_a_call_takes_on_cuda(first, how, hopper, monkeypatch):
+    how = dict(dict(tokens=2000, dtype=torch.bfloat16, dim=128, segments=False, keys=False, grad=True, compiled=False), **how)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: how["compiled"])
+    q, k = (OnCuda(n, dim=how["dim"], dtype=how["dtype"]) for n in (how["tokens"], how.get("stored", how["tokens"])))
+    call = dict(pattern=PATTERNS[how["pattern"]], lse=how.get("lse", False), scale=None,
+                segments="given" if how["segments"] else None, keys="given" if how["keys"] else None)
+    with torch.set_grad_enabled(how["grad"]):
+        found = softmax.preference(q, k, k, **call)
+    able = [name for name in found if name != "flex" or how["dtype"] in softmax.HALF]  # what core.forms makes of it
+    assert able[0] == first
+    assert softmax.flex.chosen_for == softmax.HALF and "fused" not in (found if how.get("lse") else ())
+
+
+def test_which_form_a_call_takes_on_the_cpu():
+    pick = lambda tokens, name, **more: softmax.preference(  # noqa: E731
+        *(torch.empty(1, tokens, 2, 4) for _ in range(3)), pattern=PATTERNS[name], **more)[0]
+    assert [pick(n, name) for n in (1023, 1024) for name in ("causal", "slopes", "slopes in a window")] == \
+        ["fused", "fused", "fused", "fused", "chunked", "fused"]
+    assert pick(8, "causal", lse=True) == "chunked"
+
+
+def test_cudnn_plans_few_shapes_and_those_that_come_often(monkeypatch):
+    monkeypatch.setattr(cuda_attention, "_plans", set())
+    monkeypatch.setattr(cuda_attention, "_calls", type(cuda_attention._calls)())
+    assert all(cuda_attention._worth_a_plan(n) for n in range(cuda_attention.PLANS) for _ in range(2))
+    asked = [cuda_attention._worth_a_plan("prompt") for _ in range(cuda_attention.PLAN_AFTER + 2)]
+    assert asked == [False] * cuda_attention.PLAN_AFTER + [True] * 2
+    assert not any(cuda_attention._worth_a_plan(("once", n)) for n in range(10_000)) and len(cuda_attention._calls) <= 4097
+
+
+def test_cudnn_is_left_out_where_it_is_slow_or_wrong(hopper, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cuda_attention, "_worth_a_plan", lambda shape: True)
+    on = lambda heads, tokens, dim, groups=None: cuda_attention.planned(  # noqa: E731
+        torch.empty(1, heads, tokens, dim), *(torch.empty(1, groups or heads, tokens, dim) for _ in range(2)))
+    assert on(4, 2048, 128) and on(4, 2048, 64, 1)
+    assert not on(4, 64, 128) and not on(4, 2048, 256) and not on(4, 2048, 100)
+    monkeypatch.setattr(cuda_attention, "capability", lambda device: (10, 0))
+    assert on(4, 2048, 128) and not on(4, 2048, 64, 1)
+    monkeypatch.setattr(cuda_attention, "capability", lambda device: (8, 0))
+    assert not on(4, 2048, 128)
 
 
 # Positions -----------------------------------------------------------------------------------------------------------

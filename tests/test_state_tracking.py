@@ -7,7 +7,7 @@ import torch
 
 from seqloom.core import BadInput
 from seqloom.tasks import IGNORE, DyckPrefix, ModularCounting, Parity, WordProblem
-from seqloom.tasks.state_tracking import elements, running_product, table
+from seqloom.tasks.synthetic.state_tracking import elements, running_product, table
 
 
 def make(seed: int = 0) -> torch.Generator:

@@ -11,8 +11,22 @@ from seqloom.mixers import GRU, SoftmaxAttention
 from seqloom.models import Block, SequenceModel, Stack
 from seqloom.models.heads import TokenHead
 from seqloom.models.stems import TokenStem
-from seqloom.tasks import IGNORE, Addition, JointRecall, Lego, MultiQueryRecall, PassKey, PointerMemory, SearchTool, rollout
-from seqloom.tasks.tools import ID, WORDS, AdditionTool, Pegs, generate_trajectory
+from seqloom.tasks import (
+    IGNORE,
+    Addition,
+    JointRecall,
+    LatestPairRecall,
+    LatestValueRecall,
+    Lego,
+    MultiQueryRecall,
+    PassKey,
+    PointerMemory,
+    SearchTool,
+    generate_trajectory,
+    rollout,
+)
+from seqloom.tasks.tools.addition import ID, WORDS, AdditionTool
+from seqloom.tasks.tools.environments import Pegs
 
 
 def rows(task, batch=40, seed=0):
@@ -45,6 +59,17 @@ def test_joint_recall():
             at += 9
         for place in range(at, len(ids), 2):
             assert book[ids[place], ids[place + 1]] == task.contexts + task.keys + targets[place + 1]
+
+
+def test_one_token_a_pair_is_another_layout_of_the_same_recall():
+    settings = dict(keys=5, values=9, writes=12)
+    plain, pairs = LatestValueRecall(**settings), LatestPairRecall(**settings, test_writes=(14, 20))
+    draw = lambda task: task.sample(8, torch.Generator().manual_seed(0))  # noqa: E731
+    (ids, targets), (two, wanted) = draw(plain), draw(pairs)
+    assert torch.equal(ids[:, :24].unflatten(1, (12, 2)), two[:, :12])
+    assert torch.equal(ids[:, 24:], two[:, 12:, 0]) and (two[:, 12:, 1] == pairs.vocab - 1).all()
+    assert torch.equal(targets[:, 24:], wanted[:, 12:]) and (wanted[:, :12] == IGNORE).all()
+    assert {name: task.writes for name, task in pairs.tests().items()} == {"score": 12, "at_14_writes": 14, "at_20_writes": 20}
 
 
 @pytest.mark.parametrize("order", ["forward", "backward", "random"])

@@ -3,20 +3,25 @@
 The floor of a row is the larger of two times: the bytes it must move (each stream read once, each result and gradient
 written once) over the measured copy bandwidth, and its multiplications over the measured rate of a bfloat16 product.
 A form is timed only after it has been compared with the definition's float64 values on the same device.
+
+flash-linear-attention's kernels are rows of their own where it is installed; its tuning takes minutes a kernel on a cold
+machine, which `setup_seconds` shows. What fails, ours or another's, is a row that says why.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqloom.core import BadInput
+from seqloom.core import BadInput, near
 from seqloom.kernels import decay_scan, delta_scan, diagonal_scan
 
 HEADS, DIM, TOKENS = 16, 128, 32768  # of a batch, whatever its length
@@ -33,6 +38,19 @@ class Kernel(NamedTuple):
     plain: Callable[..., Tensor]
     elements: Callable[[int], tuple[int, int]]
     operations: Callable[[int], tuple[int, int]]
+    against: str = ""  # another library's kernel of the same computation
+
+
+@contextlib.contextmanager
+def head_size(dim: int) -> Iterator[None]:
+    """Streams made inside have heads of `dim`, as many as the width of 2,048 holds."""
+    global HEADS, DIM
+    before = HEADS, DIM
+    HEADS, DIM = WIDTH // dim, dim
+    try:
+        yield
+    finally:
+        HEADS, DIM = before
 
 
 def _normal(*shape: int) -> Tensor:
@@ -94,17 +112,42 @@ _matrix = lambda extra: lambda tokens: (4 * WIDTH + extra, 11 * WIDTH + 3 * extr
 KERNELS: dict[str, Kernel] = {
     "SDPA cuDNN": Kernel(_backend("CUDNN_ATTENTION"), _heads, _attention, _matrix(0), _quadratic),
     "SDPA flash": Kernel(_backend("FLASH_ATTENTION"), _heads, _attention, _matrix(0), _quadratic),
+    "SDPA efficient": Kernel(_backend("EFFICIENT_ATTENTION"), _heads, _attention, _matrix(0), _quadratic),
     "diagonal": Kernel(_y(diagonal_scan.fused), _diagonal, _y(diagonal_scan.chunked),
-                       lambda t: (3 * WIDTH, 8 * WIDTH), lambda t: (2 * WIDTH, 6 * WIDTH)),
+                       lambda t: (3 * WIDTH, 8 * WIDTH), lambda t: (2 * WIDTH, 6 * WIDTH), "fla chunk_hgrn"),
     "linear": Kernel(_y(decay_scan.fused), _heads, _y(decay_scan.chunked), _matrix(0), _linear),
     "scalar decay": Kernel(_y(decay_scan.fused), _gated(lambda b, t: (b, t, HEADS)), _y(decay_scan.chunked),
                            _matrix(2 * HEADS), _linear),
     "vector decay": Kernel(_y(decay_scan.fused), _gated(lambda b, t: (b, t, HEADS, DIM)), _y(decay_scan.chunked),
-                           _matrix(WIDTH), _linear),
+                           _matrix(WIDTH), _linear, "fla chunk_gla"),
 }
 if hasattr(delta_scan, "fused"):
-    KERNELS["delta"] = Kernel(_y(delta_scan.fused), _delta, _y(delta_scan.chunked), _matrix(HEADS), _linear)
+    KERNELS["delta"] = Kernel(_y(delta_scan.fused), _delta, _y(delta_scan.chunked), _matrix(HEADS), _linear,
+                              "fla chunk_delta_rule")
     KERNELS["gated delta"] = Kernel(_y(delta_scan.fused), _gated_delta, _y(delta_scan.chunked), _matrix(3 * HEADS), _linear)
+
+
+def peers() -> dict[str, Kernel]:
+    """flash-linear-attention's kernels of the same computations; none where it is not installed."""
+    if importlib.util.find_spec("fla") is None:
+        return {}
+    from fla.ops.delta_rule import chunk_delta_rule
+    from fla.ops.gla import chunk_gla
+    from fla.ops.hgrn import chunk_hgrn
+
+    gla, delta = KERNELS["vector decay"], KERNELS["delta"]
+    plain, matrix = KERNELS["diagonal"].plain, KERNELS["diagonal"]
+
+    def log_diagonal(batch: int, tokens: int) -> Streams:
+        a, b = _diagonal(batch, tokens)
+        return a.float().log(), b
+
+    return {
+        "fla chunk_gla": gla._replace(run=lambda q, k, v, g: chunk_gla(q, k, v, g, scale=1.0)[0], against=""),
+        "fla chunk_delta_rule": delta._replace(run=lambda q, k, v, b: chunk_delta_rule(q, k, v, b, scale=1.0)[0], against=""),
+        "fla chunk_hgrn": matrix._replace(run=lambda g, x: chunk_hgrn(x, g)[0], make=log_diagonal,
+                                          plain=lambda g, x: plain(g.exp(), x), against=""),
+    }
 
 
 def milliseconds(call: Callable[[], Any], rounds: int = 12) -> float:
@@ -160,41 +203,64 @@ def error(kernel: Kernel, tokens: int = 1000) -> tuple[float, float]:
 
 def kernels(names: list[str] | None = None, *, lengths: tuple[int, ...] = LENGTHS,
             backward: bool = True) -> list[dict[str, Any]]:
-    """One row per kernel and length. Rows of a kernel that fails its comparison say so and have no times."""
+    """One row per kernel and length, and `times_peer`: another library's time over ours, where it has the same kernel.
+
+    Rows of a kernel that fails its comparison say so and have no times; a kernel that fails to run says why.
+    """
     if not torch.cuda.is_available():
         raise BadInput("the kernels suite times a GPU, and there is none here; the other suites run on a CPU")
+    known = KERNELS | peers()
+    for name in names or ():
+        if name not in known:
+            raise BadInput(f"no kernel {name!r}; {near(name, known)}")
     top, rows = ceilings(), []
-    for name in names or list(KERNELS):
-        kernel = KERNELS[name]
-        began = time.perf_counter()
-        ratio, worst = error(kernel)
-        setup = time.perf_counter() - began
-        for tokens in lengths:
-            row: dict[str, Any] = {"kernel": name, "tokens": tokens, "batch": TOKENS // tokens, "error": worst,
-                                   "error_ratio": ratio, "setup_seconds": round(setup, 1)}
-            rows.append(row)
-            if not worst < TRUST:
-                row["red"] = "differs from float64: not timed"
-                continue
-            streams = [x.requires_grad_() for x in kernel.make(TOKENS // tokens, tokens)]
-            elements, operations = kernel.elements(tokens), kernel.operations(tokens)
-            floor = [1e3 * max(2 * e * TOKENS / top["bytes"], o * TOKENS / top["operations"])
-                     for e, o in zip(elements, operations, strict=True)]
-            with torch.no_grad():
-                row["forward_ms"] = milliseconds(lambda: kernel.run(*streams))  # noqa: B023
-            row["forward_floor_ms"] = floor[0]
-            if backward:
-                weights = torch.randn_like(kernel.run(*streams))
+    for name in names or list(known):
+        try:
+            rows += _rows(name, known[name], lengths, backward, top)
+        except Exception as error:  # another library's kernel, or ours on a card it was not made for
+            said = str(error).strip().splitlines()
+            rows.append({"kernel": name, "failed": f"failed: {type(error).__name__}: {said[0][:120] if said else ''}"})
+        torch.cuda.empty_cache()
+    for row in rows:
+        peer = next((other for other in rows if other["kernel"] == known[row["kernel"]].against
+                     and other.get("tokens") == row.get("tokens") and "both_ms" in other), None)
+        if peer is not None and "both_ms" in row:
+            row["times_peer"] = peer["both_ms"] / row["both_ms"]
+    return rows
 
-                def both(streams: list = streams, weights: Tensor = weights) -> None:
-                    torch.autograd.grad(kernel.run(*streams), streams, weights)  # noqa: B023
 
-                torch.cuda.reset_peak_memory_stats()
-                held = torch.cuda.memory_allocated()
-                both()
-                row["peak_gib"] = (torch.cuda.max_memory_allocated() - held) / 2**30
-                row["both_ms"] = milliseconds(both)
-                row["both_floor_ms"] = floor[1]
-                row["times_floor"] = row["both_ms"] / floor[1]
-            torch.cuda.empty_cache()
+def _rows(name: str, kernel: Kernel, lengths: tuple[int, ...], backward: bool,
+          top: Mapping[str, float]) -> list[dict[str, Any]]:
+    rows = []
+    began = time.perf_counter()
+    ratio, worst = error(kernel)
+    setup = time.perf_counter() - began
+    for tokens in lengths:
+        row: dict[str, Any] = {"kernel": name, "tokens": tokens, "batch": TOKENS // tokens, "error": worst,
+                               "error_ratio": ratio, "setup_seconds": round(setup, 1)}
+        rows.append(row)
+        if not worst < TRUST:
+            row["red"] = "differs from float64: not timed"
+            continue
+        streams = [x.requires_grad_() for x in kernel.make(TOKENS // tokens, tokens)]
+        elements, operations = kernel.elements(tokens), kernel.operations(tokens)
+        floor = [1e3 * max(2 * e * TOKENS / top["bytes"], o * TOKENS / top["operations"])
+                 for e, o in zip(elements, operations, strict=True)]
+        with torch.no_grad():
+            row["forward_ms"] = milliseconds(lambda: kernel.run(*streams))  # noqa: B023
+        row["forward_floor_ms"] = floor[0]
+        if backward:
+            weights = torch.randn_like(kernel.run(*streams))
+
+            def both(streams: list = streams, weights: Tensor = weights) -> None:
+                torch.autograd.grad(kernel.run(*streams), streams, weights)
+
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+            both()
+            row["peak_gib"] = (torch.cuda.max_memory_allocated() - held) / 2**30
+            row["both_ms"] = milliseconds(both)
+            row["both_floor_ms"] = floor[1]
+            row["times_floor"] = row["both_ms"] / floor[1]
+        torch.cuda.empty_cache()
     return rows

@@ -11,14 +11,16 @@ import torch
 
 from seqloom.study.digest import commit, machine, metadata_version
 
-PEERS = ("transformers", "x-transformers", "numpy")
+PEERS = ("transformers", "x-transformers", "flash-linear-attention", "triton", "numpy")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Plain columns; nested values are left to the JSON."""
+    """Plain columns in the order in which rows bring them, without those that are empty; nested values are left to the JSON."""
     if not rows:
         return "no rows"
-    keys = [key for key in rows[0] if not isinstance(rows[0][key], (list, dict))]
+    found = dict.fromkeys(key for row in sorted(rows, key=lambda row: "failed" in row) for key in row)
+    keys = [key for key in found if any(row.get(key) is not None for row in rows)
+            and not any(isinstance(row.get(key), (list, dict)) for row in rows)]
     cells = [[_shown(row.get(key)) for key in keys] for row in rows]
     widths = [max(len(key), *(len(line[i]) for line in cells)) for i, key in enumerate(keys)]
     lines = ["  ".join(key.ljust(width) for key, width in zip(keys, widths, strict=True))]

@@ -1,24 +1,38 @@
-"""The suites: what is timed beside what, as rows of plain data."""
+"""The suites: what is timed beside what, as parts that are tables of plain rows.
+
+    kernels   the fused kernels beside PyTorch's attention and flash-linear-attention's                      (a GPU)
+    layers    one layer of every mixer beside SDPA softmax; the cost of packing
+    models    training steps of whole models beside transformers and x-transformers; Mamba; growth with length
+    decode    tokens a second after a context, the state's bytes
+
+A part is written to a file of its own name.
+"""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
+from seqloom.bench import flops
 from seqloom.bench import models as zoo
-from seqloom.bench.timing import Timing, interleave
-from seqloom.core import Info, Mixer
+from seqloom.bench.decode import decode
+from seqloom.bench.kernels import kernels
+from seqloom.bench.layers import layers, segments
+from seqloom.bench.timing import First, Timing, attempt, first, interleave, rates
+from seqloom.core import BadInput
+from seqloom.core.marks import cast
 from seqloom.mixers import MIXERS
-from seqloom.models.presets import mixer_for, preset
 from seqloom.study.fit import count_parameters
 
 Row = dict[str, Any]
 
 
-def _row(name: str, shape: tuple[int, int], timing: Timing, parameters: int, **facts: Any) -> Row:
+def _row(name: str, shape: tuple[int, int], timing: Timing, start: First, model: torch.nn.Module, floor: float | None,
+         **facts: Any) -> Row:
     tokens = shape[0] * shape[1]
     return {
         "name": name,
@@ -27,149 +41,112 @@ def _row(name: str, shape: tuple[int, int], timing: Timing, parameters: int, **f
         "tokens_per_second": tokens / timing.median,
         "seconds": timing.median,
         "seconds_range": [timing.least, timing.most],
-        "parameters": parameters,
         **facts,
+        "floor_seconds": floor,
+        "times_floor": None if floor is None else timing.median / floor,
+        "peak_gib": start.peak_gib,
+        "setup_seconds": start.seconds,
+        "parameters": count_parameters(model),
     }
 
 
-def _time_models(makers: dict[str, Callable], shape: tuple[int, int], rounds: int, against: str) -> list[Row]:
-    ids = zoo.tokens(shape)
-    steps, sizes = {}, {}
-    for name, make in makers.items():
+def _floor(model: torch.nn.Module, shape: tuple[int, int], device: str, dtype: torch.dtype) -> float | None:
+    """Seconds that the model operations of a training step take at the measured rate; None where they are not counted."""
+    try:
+        count = flops.of_model(model, shape[1])
+    except (BadInput, AttributeError):  # a mixer whose operations are not counted, or another library's model
+        return None
+    return count.training * shape[0] * shape[1] / rates(device, dtype)["operations"]
+
+
+def _time_models(makers: dict[str, Callable], shape: tuple[int, int], rounds: int, against: str, device: str = "cpu",
+                 dtype: torch.dtype | None = None) -> list[Row]:
+    dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+    ids = zoo.tokens(shape).to(device)
+    steps: dict[str, Callable] = {}
+    made: dict[str, tuple[torch.nn.Module, First]] = {}
+    rows: list[Row] = []
+
+    def ready(name: str) -> Row:
         torch.manual_seed(0)
-        model, logits = make()
-        steps[name], sizes[name] = zoo.step_of(model.train(), ids, logits), count_parameters(model)
+        model, logits = makers[name]()
+        cast(model.to(device), dtype)
+        step = zoo.step_of(model.train(), ids, logits)
+        made[name] = model, first(step)
+        steps[name] = step
+        return {}
+
+    for name in makers:
+        row = attempt(name, partial(ready, name))
+        if row:
+            rows.append(row)
     timings = interleave(steps, rounds=rounds)
-    base = timings[against].median
-    rows = [
-        _row(name, shape, timing, sizes[name], against=against, speedup=base / timing.median)
-        for name, timing in timings.items()
-    ]
+    base = timings[against].median if against in timings else None
+    for name, timing in timings.items():
+        model, start = made[name]
+        rows.append(_row(name, shape, timing, start, model, _floor(model, shape, device, dtype), against=against,
+                         speedup=None if base is None else base / timing.median))
     gc.collect()
     return rows
 
 
-def training(mixers: list[str], *, rounds: int = 5, shapes: tuple[tuple[int, int], ...] = ((4, 512), (1, 4096))) -> list[Row]:
+def training(mixers: list[str], *, rounds: int = 5, shapes: tuple[tuple[int, int], ...] = ((4, 512), (1, 4096)),
+             **where: Any) -> list[Row]:
     """Four-layer language models of width 256: ours by mixer, transformers' Llama, x-transformers. Baseline: Llama."""
     rows = []
     for shape in shapes:
         makers = {"transformers Llama": zoo.transformers_llama, "x-transformers": zoo.x_transformers}
-        makers |= {name: lambda name=name: zoo.ours(name) for name in mixers}
-        rows += _time_models(makers, shape, rounds, "transformers Llama")
+        makers |= {name: partial(zoo.ours, name) for name in mixers}
+        rows += _time_models(makers, shape, rounds, "transformers Llama", **where)
     return rows
 
 
-def state_space(*, rounds: int = 3) -> list[Row]:
-    """Mamba and Mamba-2 beside transformers' own, same blocks and sizes."""
-    rows = _time_models(
-        {"transformers Mamba": zoo.transformers_mamba, "mamba": zoo.our_mamba}, (1, 256), rounds, "transformers Mamba"
-    )
-    for shape in ((4, 512), (1, 4096)):
+def state_space(mixers: list[str], *, rounds: int = 3, **where: Any) -> list[Row]:
+    """Mamba and Mamba-2, where they are asked for, beside transformers' own, same blocks and sizes."""
+    rows = []
+    if "mamba" in mixers:
+        makers = {"transformers Mamba": zoo.transformers_mamba, "mamba": zoo.our_mamba}
+        rows += _time_models(makers, (1, 256), rounds, "transformers Mamba", **where)
+    for shape in ((4, 512), (1, 4096)) if "mamba2" in mixers else ():
         rows += _time_models(
             {
                 "transformers Mamba-2": zoo.transformers_mamba2,
-                "transformers Mamba-2, chunk 64": lambda: zoo.transformers_mamba2(chunk=64),
+                "transformers Mamba-2, chunk 64": partial(zoo.transformers_mamba2, chunk=64),
                 "mamba2": zoo.our_mamba2,
             },
             shape,
             rounds,
             "transformers Mamba-2",
+            **where,
         )
     return rows
 
 
-def lengths(mixers: list[str], *, rounds: int = 3, spans: tuple[int, ...] = (1024, 4096)) -> list[Row]:
+def lengths(mixers: list[str], *, rounds: int = 3, spans: tuple[int, ...] = (1024, 4096), **where: Any) -> list[Row]:
     """Training time per token at two lengths; `growth` is relative to the first: 1 where time is linear in T."""
     rows = []
     for name in mixers:
-        first = None
+        base = None
         for tokens in spans:
-            row = _time_models({name: lambda name=name: zoo.ours(name, layers=2)}, (1, tokens), rounds, name)[0]
-            per_token = row["seconds"] / tokens
-            first = first or per_token
-            rows.append({**row, "growth": per_token / first})
+            row = _time_models({name: partial(zoo.ours, name, layers=2)}, (1, tokens), rounds, name, **where)[0]
+            if "seconds" in row:
+                per_token = row["seconds"] / tokens
+                base = base or per_token
+                row["growth"] = per_token / base
+            rows.append(row)
     return rows
 
 
-def segments(mixers: list[str], *, rounds: int = 3, tokens: int = 4096, count: int = 64) -> list[Row]:
-    """One layer with `count` segments a row beside none: `cost` is the ratio."""
-    from seqloom.core import BuildContext
-
-    rows = []
-    for name in mixers:
-        torch.manual_seed(0)
-        layer: Mixer = mixer_for(name, 256).build(BuildContext(dim=256))
-        x = torch.randn(1, tokens, 256, requires_grad=True)
-        cuts = torch.randperm(tokens - 1, generator=torch.Generator().manual_seed(0))[: count - 1] + 1
-        ids = torch.zeros(1, tokens, dtype=torch.int64).index_fill_(1, cuts, 1).cumsum(1) + 1
-
-        def run(info: Info, layer: Mixer = layer, x: torch.Tensor = x) -> None:
-            layer.zero_grad(set_to_none=True)
-            layer(x, info=info).y.sum().backward()
-
-        timings = interleave(
-            {"none": lambda run=run: run(Info()), "packed": lambda run=run, ids=ids: run(Info(segments=ids))}, rounds=rounds
-        )
-        rows.append(
-            {
-                "name": name,
-                "tokens": tokens,
-                "segments": count,
-                "seconds": timings["packed"].median,
-                "seconds_without": timings["none"].median,
-                "cost": timings["packed"].median / timings["none"].median,
-            }
-        )
-    return rows
-
-
-@torch.inference_mode()
-def decoding(mixers: list[str], *, contexts: tuple[int, ...] = (512, 8192), steps: int = 32, rounds: int = 9) -> list[Row]:
-    """Tokens per second of one-token steps after each context; interleaved, so that drift falls on both alike."""
-    rows = []
-    for name in mixers:
-        torch.manual_seed(0)
-        model = preset(f"{name}-small", vocab=zoo.VOCAB, dim=256, layers=4).build().eval()
-        calls = {}
-        for context in contexts:
-            state = model.init_state(1, capacity=context + (rounds + 2) * steps)
-            for start in range(0, context, 512):
-                state = model(zoo.tokens((1, 512), start), state=state, keep=1).state
-            box = [state]
-
-            def run(box: list = box) -> None:
-                token = torch.zeros(1, 1, dtype=torch.int64)
-                for _ in range(steps):
-                    output = model(token, state=box[0], donate=True)  # noqa: B023
-                    box[0] = output.state
-                    token = output.logits[:, -1:].argmax(-1)
-
-            calls[str(context)] = run
-        timings = interleave(calls, rounds=rounds)
-        first = timings[str(contexts[0])].median
-        for context in contexts:
-            timing = timings[str(context)]
-            rows.append(
-                {
-                    "name": name,
-                    "context": context,
-                    "tokens_per_second": steps / timing.median,
-                    "speed_kept": first / timing.median,
-                    "state_bytes": model.state_bytes(context),
-                    "constant_state": mixer_for(name, 256).constant_state,
-                }
-            )
-    return rows
-
-
-SUITES: dict[str, Callable[..., list[Row]]] = {
-    "training": training,
-    "state-space": lambda mixers, **options: state_space(**options),
-    "lengths": lengths,
-    "segments": segments,
-    "decoding": decoding,
+# suite -> part -> rows of it; a part is the name of its file
+SUITES: dict[str, dict[str, Callable[..., list[Row]]]] = {
+    "kernels": {"kernels": kernels},
+    "layers": {"layers": layers, "segments": segments},
+    "models": {"training": training, "state-space": state_space, "lengths": lengths},
+    "decode": {"decoding": decode},
 }
 
 
-def run(suite: str, mixers: list[str] | None = None, **options: Any) -> list[Row]:
-    return SUITES[suite](mixers or list(MIXERS), **options)
+def run(part: str, mixers: list[str] | None = None, **options: Any) -> list[Row]:
+    """The rows of a part of any suite."""
+    parts = {name: make for suite in SUITES.values() for name, make in suite.items()}
+    return parts[part](mixers or list(MIXERS), **options)

@@ -99,6 +99,7 @@ class Claim:
              each at the best of the rates
     control_arms: which arms that holds for
     require: what the means over `seeds` fresh seeds must satisfy, at each arm's best calibrated learning rate
+    first_seed: where the fresh seeds begin: moved on when a claim is changed after its seeds were seen
     """
 
     text: str
@@ -108,6 +109,7 @@ class Claim:
     budget: Budget
     require: tuple[Beats, ...]
     seeds: int = 3
+    first_seed: int = 0
     control: Any = None
     control_arms: tuple[str, ...] = ("knockout",)
     control_share: float = 0.9

@@ -4,6 +4,9 @@
     scores = decoder.read(prompt)            # [B, V]: what may follow the last token
     scores = decoder.read(next_token[:, None])
     decoder.crop(3)                          # as if the last 3 tokens had not been read
+    decoder.reset()                          # as if nothing had been
+
+On a CUDA device single tokens are read by replaying a captured graph (`generate/graph.py`), with the same numbers.
 
 For models whose state has a constant size (every block `constant_state`) memory is independent of what was read; for
 others it is that of `capacity` tokens, taken once.
@@ -12,6 +15,7 @@ others it is that of `capacity` tokens, taken once.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +25,7 @@ from torch import Tensor
 
 from seqloom.core import BadInput, Info
 from seqloom.core import state as st
+from seqloom.generate.graph import NotCaptured, StepGraph, say
 from seqloom.generate.ring import Piece, Ring
 from seqloom.generate.sampler import Sampler
 
@@ -41,22 +46,58 @@ class Decoder:
     capacity: the most tokens a row will have; None lets a state that grows do so (it is then copied every step)
     chunk:    a longer call is read in pieces of this many tokens
     ring:     snapshots for `crop`; the default keeps none
+    graph:    True captures the reading of single tokens in a CUDA graph, False does not, None does where it can and says in
+              the log what it did
+
+    Raises: BadInput for a model that is not causal, and for graph=True where nothing can be captured.
     """
 
     def __init__(self, model: Any, batch: int = 1, *, capacity: int | None = None, chunk: int = CHUNK,
-                 ring: Ring | None = None):
+                 ring: Ring | None = None, graph: bool | None = None):
         if not model.spec.stack.causal:
             raise BadInput("this model is not causal, so it cannot be decoded token by token")
         if chunk < 1:
             raise BadInput(f"chunk must be at least 1 token, found {chunk}")
-        self.model, self.chunk = model, chunk
+        self.model, self.batch, self.capacity, self.chunk = model, batch, capacity, chunk
         self.ring = Ring(keep=0) if ring is None else ring
         self.length = 0
         self.state = model.init_state(batch, capacity)
+        self.constant = constant_state(model)
         # a state that grows by being rebuilt cannot keep its addresses
-        self.donate = capacity is not None or constant_state(model)
+        self.donate = capacity is not None or self.constant
+        self.graph = self._graph(graph)
 
-    @torch.no_grad()
+    def _graph(self, wanted: bool | None) -> StepGraph | None:
+        """What captures single steps; None where that was not asked for or cannot be."""
+        self.must_capture = wanted is True
+        if wanted is False:
+            return None
+        device = next(self.model.parameters()).device.type
+        why = None
+        if device != "cuda":
+            why = f"a CUDA graph needs a CUDA device, and the model is on {device}"
+        elif not self.donate:
+            why = "this model's state grows with what is read, and a graph needs it in one place: give a capacity"
+        if why is None:
+            return StepGraph(lambda ids: self._read(Piece(ids)), lambda: self.state, self.model)
+        if wanted:
+            raise BadInput(f"graph=True: {why}; graph=None decodes step by step where it must")
+        say(f"decoding runs step by step: {why}")
+        return None
+
+    def reset(self) -> None:
+        """Forget all that was read. The state keeps its place, and with it the captured graph."""
+        self.length = 0
+        self.ring.clear()
+        with torch.inference_mode():
+            if not self.donate:
+                self.state = self.model.init_state(self.batch)
+                return
+            # room for tokens is not made twice: what depends on the capacity is empty slots, and those are zeros
+            fresh = self.model.init_state(self.batch, min(self.capacity or 1, 1))
+            for old, new in zip(st.leaves(self.state), st.leaves(fresh), strict=True):
+                old.copy_(new) if old.shape == new.shape else old.zero_()
+
     def read(self, ids: Int[Tensor, "b t"], segments: Int[Tensor, "b t"] | None = None) -> Float[Tensor, "b v"]:
         """Scores [B, V] of the token after the last one. `segments` marks padding by 0, on the left.
 
@@ -67,7 +108,7 @@ class Decoder:
         if segments is not None and bool((segments[:, -1] == 0).any()):
             raise BadInput("a row ends in padding, so nothing follows its last token; pad prompts on the left")
         logits = None
-        with _evaluating(self.model):
+        with torch.inference_mode(), _evaluating(self.model):
             for piece in self._pieces(Piece(ids, segments)):
                 logits = self._step(piece)
         return logits
@@ -78,7 +119,7 @@ class Decoder:
             return
         self.length, state, pieces = self.ring.back(tokens, self.length)
         self.state = st.write_back(self.state, state) if self.donate else state
-        with torch.no_grad(), _evaluating(self.model):
+        with torch.inference_mode(), _evaluating(self.model):
             for piece in pieces:
                 self._step(piece)
 
@@ -92,9 +133,35 @@ class Decoder:
     def _step(self, piece: Piece) -> Tensor:
         if self.ring.push(self.length, self.state, piece) and self.donate:
             self.ring.renew(st.clone(self.state))  # the state's own tensors are about to be written over
+        if self.graph is not None and piece.length == 1 and piece.segments is None:
+            logits = self._replay(self.graph, piece)
+        else:
+            logits = self._read(piece)
+        self.length += piece.length
+        return logits
+
+    def _replay(self, graph: StepGraph, piece: Piece) -> Tensor:
+        """A single token by the captured graph."""
+        if not self.constant and self.length >= (self.capacity or 0):
+            # a graph cannot raise: a device-side assertion would end the process's use of the device
+            raise BadInput(f"the state has room for {self.capacity} tokens a row and has read {self.length}, padding included: "
+                           "a larger capacity is needed")
+        captures = graph.captures
+        try:
+            logits = graph(piece.tokens)
+        except NotCaptured as error:
+            if self.must_capture:
+                raise BadInput(f"graph=True: {error}; graph=None decodes step by step where it must") from error
+            say(f"decoding runs step by step: {error}", logging.WARNING)
+            self.graph = None
+            return self._read(piece) if error.ran is None else error.ran
+        if graph.captures > captures:
+            say(f"decoding {self.batch} rows a step replays a captured CUDA graph")
+        return logits
+
+    def _read(self, piece: Piece) -> Tensor:
         out = self.model(piece.tokens, state=self.state, info=Info(segments=piece.segments), donate=self.donate, keep=1)
         self.state = out.state
-        self.length += piece.length
         return out.logits[:, -1]
 
 
@@ -148,13 +215,17 @@ class Step(NamedTuple):
 
 def stream(model: Any, prompts: Prompts, *, segments: Tensor | None = None, max_new_tokens: int | None = 100,
            temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
-           repetition_penalty: float = 1.0, seed: int | None = None, stop: Stop = (), chunk: int = CHUNK) -> Iterator[Step]:
+           repetition_penalty: float = 1.0, seed: int | None = None, stop: Stop = (), chunk: int = CHUNK,
+           graph: bool | None = None, decoder: Decoder | None = None) -> Iterator[Step]:
     """Continue prompts, one step at a time, as they come.
 
     prompts:  ids [B, T], or lists of ids of any lengths
     segments: for ids [B, T] with padding: 0 at pads
     stop:     ids, or sequences of ids, that end a row
     max_new_tokens: None goes on until all rows have ended
+    graph:    capture the step in a CUDA graph: see `Decoder`
+    decoder:  one to use again: it is reset, and keeps its state's memory and its graph. It brings its own capacity, chunk
+              and graph
     Other arguments: `Sampler`. Greedy unless a temperature is given; the same seed gives the same tokens.
     Raises: BadInput for settings out of range, an empty prompt, ids outside the vocabulary, or a model that is not causal.
     """
@@ -172,8 +243,23 @@ def stream(model: Any, prompts: Prompts, *, segments: Tensor | None = None, max_
         raise BadInput(f"the prompt has token {int(unknown[0])}, and the model knows tokens 0 to {vocab - 1}")
     batch, tokens = ids.shape
     capacity = None if max_new_tokens is None else tokens + max_new_tokens
-    decoder = Decoder(model, batch, capacity=capacity, chunk=chunk)
+    if decoder is None:
+        decoder = Decoder(model, batch, capacity=capacity, chunk=chunk, graph=graph)
+    else:
+        _fits(decoder, model, batch, capacity)
+        decoder.reset()
     return _steps(decoder, ids, segments, sampler, max_new_tokens, seed, [_sequence(each) for each in stop])
+
+
+def _fits(decoder: Decoder, model: Any, batch: int, capacity: int | None) -> None:
+    """Raise BadInput unless `decoder` can read `batch` rows of `capacity` tokens with `model`."""
+    if decoder.model is not model:
+        raise BadInput("the decoder was made for another model; make one with Decoder(model, ...)")
+    if decoder.batch != batch:
+        raise BadInput(f"the decoder reads {decoder.batch} rows side by side, and there are {batch} prompts")
+    if not decoder.constant and decoder.capacity is not None and (capacity is None or capacity > decoder.capacity):
+        wanted = "an open number of" if capacity is None else capacity
+        raise BadInput(f"the decoder has room for {decoder.capacity} tokens a row, and this asks for {wanted}")
 
 
 def _sequence(stop: int | Sequence[int]) -> list[int]:
@@ -205,7 +291,8 @@ def _steps(decoder: Decoder, ids: Tensor, segments: Tensor | None, sampler: Samp
             done = done | (tail[:, -len(sequence) :] == tail.new_tensor(sequence)).all(1)
         made += 1
         yield Step(drawn, done)
-        if made == max_new_tokens or bool(done.all()):
+        # looking at `done` waits for the device; without a stop sequence no row ends
+        if made == max_new_tokens or (stops and bool(done.all())):
             return
         if seen is not None:
             seen = seen.scatter(1, drawn[:, None], True)
@@ -218,6 +305,9 @@ def generate(model: Any, prompts: Prompts, *, callback: Callable[[Step], None] |
 
     `callback` sees each step as it comes; the other settings are those of `stream`.
     """
+    if callback is None and not settings.get("stop"):
+        # no one looks at a token before the end, so the device need not be waited for
+        return torch.stack([step.ids for step in stream(model, prompts, **settings)], 1).tolist()
     rows: list[list[int]] = []
     ended: list[bool] = []
     for step in stream(model, prompts, **settings):

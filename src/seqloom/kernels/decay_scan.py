@@ -167,20 +167,42 @@ def chunked(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[T
 @gpu_only(torch.bfloat16, torch.float16)  # float32 faulted on an H100 in some shapes (Triton 3.6, tf32x3): not unasked
 def fused(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[Tensor, "b t h v"],
           log_a: Tensor | None = None, *, state: Float[Tensor, "b h k v"] | None = None,
-          segments: Segments | None = None, diagonal: bool = True) -> Mixed:
-    """As `chunked`, by Triton kernels: matrix products in the streams' dtype, sums and states in float32."""
+          segments: Segments | None = None, diagonal: bool = True, axis: Axis = "key") -> Mixed:
+    """As `chunked`, by Triton kernels: matrix products in the streams' dtype, sums and states in float32.
+
+    Of the axis that decays (that of keys, where there is one decay per head or none) a kernel holds 256 channels: more are
+    as many more heads, and what they read along keys is added.
+    """
     from seqloom.kernels.triton import decay_scan  # lazy: the package runs without Triton
 
-    heads, dtype, low = v.shape[2], v.dtype, narrow(v.dtype)
-    _sharing(q.shape[2], heads)
-    if log_a is not None and log_a.ndim == 4:  # decays differ by head inside every product: nothing is left to share
-        q, k = _per_head(q, heads), _per_head(k, heads)
-    start = v.new_zeros(v.shape[0], heads, q.shape[-1], v.shape[-1], dtype=torch.float32) if state is None else state.float()
+    (groups, key), (heads, value), dtype, low = q.shape[2:], v.shape[2:], v.dtype, narrow(v.dtype)
+    shared, by_value = _sharing(groups, heads), _by_value(k, v, log_a, axis)
+    if log_a is not None and log_a.ndim == 4:  # a product of decays with queries or keys, of each head: nothing left to share
+        q, k, groups, shared = _per_head(q, heads), _per_head(k, heads), heads, 1
+    start = v.new_zeros(v.shape[0], heads, key, value, dtype=torch.float32) if state is None else state.float()
+    start = start.mT if by_value else start
     code = None if segments is None else (2 * segments.run + segments.real).to(torch.int32)
-    q, k, v = (x.to(low).contiguous() for x in (q, k, v))
-    log_a = None if log_a is None else log_a.to(narrow(log_a.dtype)).contiguous()
-    y, new = decay_scan.launch(q, k, v, log_a, start.contiguous(), code, diagonal=diagonal)
-    return Mixed(y.to(dtype), new.to(accumulator(dtype)))
+    q, k, v = (x.to(low) for x in (q, k, v))
+    log_a = None if log_a is None else log_a.to(narrow(log_a.dtype))
+    whole = value if by_value else key
+    parts = -(-whole // decay_scan.WIDEST)
+    if parts > 1:
+        cut = lambda x: rearrange(  # noqa: E731
+            F.pad(x, (0, -whole % parts)), "b t g (n k) -> b t (g n) k", n=parts)
+        repeat = lambda x: x.unflatten(2, (groups, 1, -1)).expand(  # noqa: E731
+            *x.shape[:2], groups, parts, *[-1] * (x.ndim - 2)).flatten(2, 4)
+        start = rearrange(F.pad(start, (0, 0, 0, -whole % parts)), "b (g r) (n k) v -> b (g n r) k v", n=parts, g=groups)
+        if log_a is not None:
+            log_a = cut(log_a) if log_a.ndim == 4 else repeat(log_a)
+        q, k, v = (repeat(q), repeat(k), cut(v)) if by_value else (cut(q), cut(k), repeat(v))
+    q, k, v, start = (x.contiguous() for x in (q, k, v, start))
+    y, new = decay_scan.launch(q, k, v, None if log_a is None else log_a.contiguous(), start, code, diagonal=diagonal,
+                               by_value=by_value)
+    if parts > 1:
+        y = (rearrange(y, "b t (h n) v -> b t h (n v)", n=parts)[..., :value] if by_value else
+             y.unflatten(2, (groups, parts, shared)).sum(3).flatten(2, 3))
+        new = rearrange(new, "b (g n r) k v -> b (g r) (n k) v", n=parts, g=groups)[:, :, :whole]
+    return Mixed(y.to(dtype), (new.mT if by_value else new).to(accumulator(dtype)))
 
 
 def bidirectional(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None = None, *, state: None = None,

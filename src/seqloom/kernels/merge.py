@@ -36,7 +36,7 @@ def merge(partials: Sequence[Partial]) -> Partial:
     if not partials:
         raise ValueError("merge needs at least one (output, log-sum-exp) pair, found none")
     if any(part.lse is None for part in partials):
-        raise ValueError("merge needs the log-sum-exp of every part; forms 'matrix' and 'chunked' return it, 'fused' does not")
+        raise ValueError("merge needs the log-sum-exp of every part; every form of softmax attention but 'fused' returns it")
     lse = torch.stack([part.lse for part in partials])
     # the maximum cancels from the result, so no gradient flows through it; where no part sees a key any finite value does
     top = lse.detach().amax(0)

@@ -133,6 +133,66 @@ def regroup(segments: Segments) -> Rows:
     return Rows((batch, tokens), tuple(buckets), index, (~filled).nonzero()[:, 0], place, (~real).nonzero()[:, 0], False)
 
 
+@dataclass(frozen=True)
+class Pack:
+    """Segments one after the other without padding, as kernels for rows of any length want them (cu_seqlens).
+
+    shape:   (B, T) of the batch
+    starts:  [n + 1] int32: where each of the n segments begins among the real tokens, and their number
+    longest: tokens of the longest segment
+    even:    every row of the batch is one segment without padding
+    index:   [N] flat token b * T + t of each real token, in order; None where all are real
+    place:   [B T] rank of each token among the real ones; None likewise
+    holds:   [.] flat tokens that hold; None likewise
+    """
+
+    shape: tuple[int, int]
+    starts: Int[Tensor, " m"]
+    longest: int
+    even: bool
+    index: Int[Tensor, " n"] | None = None
+    place: Int[Tensor, " bt"] | None = None
+    holds: Int[Tensor, " h"] | None = None
+
+    def split(self, x: Tensor) -> Tensor:
+        """The real tokens [N, ...] of x [B, T, ...]: a view where all are. NaN in the others moves no value or gradient."""
+        if self.index is None:
+            return x.flatten(0, 1)
+        return _Gather.apply(x.flatten(0, 1), self.index, self.index[:0], self.place, self.holds)
+
+    def join(self, x: Tensor) -> Tensor:
+        """The inverse of `split`: [N, ...] back to [B, T, ...], zeros at tokens that hold."""
+        if self.index is not None:
+            x = _Gather.apply(x, self.place, self.holds, self.index, self.index[:0])
+        return x.unflatten(0, self.shape)
+
+
+def pack(segments: Segments) -> Pack:
+    """The segments of a batch one after the other. Reads three numbers from the device, once: for eager code only."""
+    batch, tokens = segments.real.shape
+    real = segments.real.flatten()
+    first = (segments.starts() | (segments.real & (segments.real.cumsum(1) == 1))).flatten()
+    rank, segment = real.cumsum(0) - 1, first.cumsum(0) - 1
+    begin = torch.where(first, rank, 0).cummax(0).values
+    longest = torch.where(real, rank - begin + 1, 0).amax()
+    total, number, most = torch.stack([real.sum(), first.sum(), longest]).tolist()
+    # what is not a first token goes to the slot after the last, which is then overwritten: no size is read from the device
+    starts = rank.new_zeros(number + 1).scatter_(0, torch.where(first, segment, number), rank)
+    starts[number] = total
+    even = total == batch * tokens and number == batch
+    if total == batch * tokens:
+        return Pack((batch, tokens), starts.int(), most, even)
+    return Pack((batch, tokens), starts.int(), most, even, _places(real, total), rank.clamp(min=0),
+                _places(~real, batch * tokens - total))
+
+
+def _places(mask: Tensor, number: int) -> Tensor:
+    """Where `mask` is True, `number` places: nonzero, for one who knows how many."""
+    index = torch.arange(mask.shape[0], device=mask.device)
+    return index.new_zeros(number + 1).scatter_(
+        0, torch.where(mask, mask.cumsum(0) - 1, number), index)[:number]
+
+
 def take(x: Tensor, index: Int[Tensor, "b r"]) -> Tensor:
     """x[b, index[b, r]] for x [B, T, ...]: [B, R, ...], as one gather of rows."""
     flat = index + torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from seqloom.core.forms import gpu_only, narrow
 from seqloom.core.mixer import accumulator
 from seqloom.core.segments import Segments
 from seqloom.core.state import Mixed
@@ -59,6 +60,36 @@ def parallel(x: Float[Tensor, "b t d"], *, weight: Float[Tensor, "d k"], bias: T
     inside = run.gather(1, end) == segments.run[:, -1:]
     tail = torch.where(inside[..., None], _rows(line, end), 0.0)
     return Mixed(y, tail.to(state.dtype))
+
+
+@gpu_only()
+def fused(x: Float[Tensor, "b t d"], *, weight: Float[Tensor, "d k"], bias: Tensor | None = None,
+          state: Float[Tensor, "b w d"] | None = None, segments: Segments | None = None,
+          activation: Activation | None = None) -> Mixed:
+    """As `parallel`, by one Triton kernel that reads and writes every token once. Every gradient is deterministic."""
+    from seqloom.kernels.triton import short_conv  # lazy: the package runs without Triton
+
+    batch, tokens, dim = x.shape
+    dtype, low = x.dtype, narrow(x.dtype)
+    tail = x.new_zeros(batch, weight.shape[1] - 1, dim) if state is None else state
+    order = run = count = None
+    if segments is not None:
+        # real tokens by rank, then the holds, as `Segments.order` has them, without a sort
+        index = torch.arange(tokens, dtype=torch.int32, device=x.device).expand(batch, tokens)
+        rank = segments.real.cumsum(1, dtype=torch.int32)
+        count = rank[:, -1].contiguous()
+        place = torch.where(segments.real, rank - 1, count[:, None] + index - rank)
+        order, run = torch.empty_like(rank).scatter_(1, place.long(), index), segments.run.to(torch.int32).contiguous()
+    x = x.to(low)
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    weight, bias = weight.to(narrow(weight.dtype)).contiguous(), None if bias is None else bias.to(narrow(bias.dtype))
+    y, last = short_conv.launch(x, weight, bias, tail.to(narrow(tail.dtype)).contiguous(), order, run, count,
+                                activation == "silu")
+    return Mixed(y.to(dtype), last.to(tail.dtype))
+
+
+FORMS = {"parallel": parallel, "fused": fused}
 
 
 class _Taps(torch.autograd.Function):

@@ -5,8 +5,8 @@ never the place in a tensor. Every form takes
 
     q [B, T, H, K], k [B, S, G, K], v [B, S, G, V], G key heads that divide H (query head h reads key head h // (H / G))
 
-and returns `Partial(y [B, T, H, V], lse [B, T, H])`, lse the log-sum-exp of the scores (None from `fused`). There are
-three ways to say where the tokens stand:
+and returns `Partial(y [B, T, H, V], lse [B, T, H])`, lse the log-sum-exp of the scores (None from `fused`). Which form suits
+a call is decided in one place, `preference`. There are three ways to say where the tokens stand:
 
     nothing       all tokens are real and of one segment; the last T of the S keys are the queries' own tokens
     segments      S = T: packed or padded rows; `at` may give other positions for the distance bias
@@ -29,14 +29,18 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from seqloom.core.forms import gpu_only, narrow
 from seqloom.core.mixer import accumulator
 from seqloom.core.segments import Segments
+from seqloom.kernels import cuda_attention
 from seqloom.kernels.merge import Partial
-from seqloom.kernels.rows import regroup, take
+from seqloom.kernels.rows import pack, regroup, take
 
 BLOCK = 128  # keys a step of the online softmax: small enough that causal blocks skip most of what is not seen
 SCORES = 1 << 17  # scores a row and head in one step, where there are few queries
 CHUNK = 64   # least number of queries in a chunk of a banded window
+LONG_BIAS = 1024  # tokens from which on, on a CPU, making a distance bias block by block is faster than T x T numbers a head
+HALF = (torch.float16, torch.bfloat16)  # what the fast CUDA kernels of PyTorch read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,36 @@ class Pattern:
             keep = keep & queries.real[:, :, None]
         return keep if keys.real is None else keep & keys.real[:, None, :]
 
+    def interval(self, queries: Coords, keys: Coords) -> Interval:
+        """The same pairs as `sees`, as numbers per token: number the keys by (run, position), and every query sees an interval.
+
+        Linear in T and S (a sort), where `sees` is T x S. No order of keys or queries is assumed, and nothing waits.
+        """
+        rows = max(queries.rows, keys.rows)
+        queries, keys = queries.expand(rows), keys.expand(rows)
+        least = keys.position.amin()
+        span = keys.position.amax() - least + 2  # places of a run; no key stands in its last one
+        i = queries.position - least
+        low, high = torch.zeros_like(i), (span - 1).expand_as(i)
+        if self.causal:
+            high = i.clamp(min=self.prefix - 1 - least) if self.prefix else i
+        if self.window is not None:
+            low = i - (self.window - 1)
+            high = high if self.causal else i + (self.window - 1)
+        # a query may stand outside all positions of keys: bounds stay within its run, on the places without keys
+        low, high = torch.minimum(low.clamp(min=0), span - 1), torch.minimum(high.clamp(min=-1), span - 1)
+        base, code = queries.run * span, keys.run * span + (keys.position - least)
+        if keys.real is not None:
+            code = torch.where(keys.real, code, torch.iinfo(torch.int64).min)
+        order = code.sort(1).values
+        find = lambda x, right: torch.searchsorted(order, x.contiguous(), right=right, out_int32=True)  # noqa: E731
+        first, last, rank = find(base + low, False), find(base + high, True) - 1, find(code, False)
+        if keys.real is not None:
+            rank = torch.where(keys.real, rank, -1)
+        if queries.real is not None:
+            first, last = torch.where(queries.real, first, cuda_attention.NOWHERE), torch.where(queries.real, last, -1)
+        return Interval(first, last, rank)
+
     def bias(self, queries: Coords, keys: Coords, dtype: torch.dtype) -> Float[Tensor, "b h t s"] | None:
         """What is added to the scores: the distance bias, and log(count) of keys that stand for several tokens."""
         bias = None
@@ -91,6 +125,14 @@ class Pattern:
             counts = keys.counts.to(dtype).log()[:, None, None, :]
             bias = counts if bias is None else bias + counts
         return bias
+
+
+class Interval(NamedTuple):
+    """Query t sees key s where first[t] <= rank[s] <= last[t]. int32; a token that holds has rank -1 and first > last."""
+
+    first: Tensor  # [B, T]
+    last: Tensor   # [B, T]
+    rank: Tensor   # [B, S]
 
 
 class Coords(NamedTuple):
@@ -215,12 +257,16 @@ def chunked(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b s g k"], v: Float[T
 def fused(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b s g k"], v: Float[Tensor, "b s g v"], *, pattern: Pattern,
           segments: Segments | None = None, at: Tensor | None = None, queries: Coords | None = None,
           keys: Coords | None = None, scale: float | None = None) -> Partial:
-    """By PyTorch's scaled_dot_product_attention, on CPU and CUDA. Returns no log-sum-exp.
+    """By PyTorch's own attention kernels, on CPU and CUDA. Returns no log-sum-exp.
 
-    Segments are regrouped into rows of similar length (kernels/rows.py), each bucket one unmasked call; compiled code,
-    where shapes may not depend on data, and explicit coordinates take a mask instead.
+    Whole rows go to scaled_dot_product_attention, unmasked. On CUDA in 16 bits, segments, windows and causal queries after
+    cached keys go to its kernel for rows of any length (varlen_attn). Elsewhere segments are regrouped into rows of similar
+    length (kernels/rows.py), each bucket one unmasked call. What is left takes a T x S mask (said once, where it is large):
+    explicit coordinates, biases, prefixes, and compiled code over segments, where shapes may not depend on data.
     """
     _groups(q, k)
+    if keys is None and _varlen(q, k, v, pattern, segments, at):
+        return Partial(_by_length(q, k, v, pattern, segments, scale))
     if keys is None and segments is None and at is None:
         return Partial(_plain(q, k, v, pattern, scale))
     if keys is None and segments is not None and not torch.compiler.is_compiling():
@@ -231,7 +277,87 @@ def fused(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b s g k"], v: Float[Ten
     return _sdpa_masked(q, k, v, pattern, queries, keys, scale)
 
 
-FORMS = {"matrix": matrix, "chunked": chunked, "fused": fused}
+@gpu_only(*HALF)
+def flex(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b s g k"], v: Float[Tensor, "b s g v"], *, pattern: Pattern,
+         segments: Segments | None = None, at: Tensor | None = None, queries: Coords | None = None,
+         keys: Coords | None = None, scale: float | None = None) -> Partial:
+    """By PyTorch's FlexAttention, compiled: any pattern, bias and coordinates, blocks without visible pairs skipped.
+
+    Memory is linear in T. The first call of a shape compiles for some seconds; lengths are filled up to one of four sizes an
+    octave (cached keys: one), so that new lengths seldom do. Called on a CPU, as tests do, it runs uncompiled and T x S.
+    """
+    _groups(q, k)
+    own = keys is None and segments is None and at is None
+    q, k, v, queries, keys = _placed(q, k, v, segments, at, queries, keys)
+    shape = cuda_attention.filled(q.shape[1], k.shape[1])
+    build = lambda: cuda_attention.blocks(*pattern.interval(queries, keys), *shape)  # noqa: E731
+    mask = cuda_attention.remember((pattern, q.shape[1], k.shape[1], q.device), build) if own else build()
+    places = None
+    if pattern.slopes is not None:
+        places = queries.position if queries.at is None else queries.at, keys.position if keys.at is None else keys.at
+    weight = None if keys.counts is None else keys.counts.float().log()
+    dtype = narrow(q.dtype)
+    y, lse = cuda_attention.flex(q.to(dtype), k.to(dtype), v.to(dtype), mask, shape, slopes=pattern.slopes, places=places,
+                                 weight=weight, scale=_scale(q, scale))
+    return Partial(y.to(v.dtype), lse.to(accumulator(v.dtype)))
+
+
+# only what a compiler has written for the card is worth its name: Triton's interpreter does not run it
+flex.devices = tuple(kind for kind in flex.devices if kind == "cuda")  # type: ignore[attr-defined]
+
+FORMS = {"matrix": matrix, "chunked": chunked, "fused": fused, "flex": flex}
+
+
+def preference(q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern, segments: Segments | None = None, at: Tensor | None = None,
+               queries: Coords | None = None, keys: Coords | None = None, lse: bool = False, **rest: Any) -> tuple[str, ...]:
+    """The forms for a call, best first: the one place where it is decided. Arguments as those of a form.
+
+    `lse`: the caller merges, so that only forms which return the log-sum-exp will do. `core.forms` takes the first that the
+    device can run and that is chosen for the dtype (flex: 16 bits on CUDA).
+    """
+    (batch, tokens, heads), stored = q.shape[:3], k.shape[1]
+    compiled = torch.compiler.is_compiling()
+    kernels, blocks = ("fused", "flex", "chunked"), ("flex", "chunked", "fused")
+    if q.device.type != "cuda":
+        # a distance bias over all pairs is T x T numbers a head to `fused`
+        long = not compiled and pattern.slopes is not None and pattern.window is None and tokens >= LONG_BIAS
+        return ("chunked",) if lse or (long and q.device.type == "cpu") else ("fused", "chunked")
+    if lse:
+        return ("flex", "chunked")
+    if tokens == 1 or q.dtype == torch.float64:  # a mask of one row is no matter; no fast kernel knows float64
+        return kernels
+    if keys is None and at is None:
+        if (segments is None and _unmasked(pattern, tokens, stored)) or _varlen(q, k, v, pattern, segments, None):
+            return kernels
+        # in float32: causal rows of one segment each need no mask, and that of a narrow window is T x window
+        rows = segments is not None and pattern.causal and not pattern.prefix and pattern.window is None
+        if q.dtype not in HALF and not compiled and pattern.slopes is None and (rows or _banded(pattern, stored)):
+            return kernels
+    if compiled:  # there, `chunked` is as many copies of a step as T asks for
+        return ("flex", "fused")
+    pairs = batch * tokens * stored * (1 if pattern.slopes is None else heads)
+    if not torch.is_grad_enabled() and pairs <= cuda_attention.MASK:  # a few tokens after cached ones: not worth compiling
+        return kernels
+    return blocks
+
+
+def _unmasked(pattern: Pattern, tokens: int, stored: int) -> bool:
+    """Whether whole rows of one segment need no mask: is_causal is all."""
+    wide = pattern.window is None or (pattern.window >= stored)
+    return wide and pattern.slopes is None and not pattern.prefix and (not pattern.causal or tokens == stored)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, segments: Segments | None, at: Tensor | None) -> bool:
+    """Whether PyTorch's kernel for rows of any length takes this call, and is needed for it."""
+    if q.device.type != "cuda" or q.dtype not in HALF or q.shape[1] == 1 or not q.dtype == k.dtype == v.dtype:
+        return False
+    if pattern.slopes is not None or pattern.prefix or at is not None or not cuda_attention.VARLEN:
+        return False
+    if q.shape[-1] != v.shape[-1] or q.shape[-1] % 8 or q.shape[-1] > 256 or cuda_attention.capability(q.device) < (8, 0):
+        return False
+    if segments is not None:  # how many there are is read from the device: not in compiled code, nor while a graph is captured
+        return q.shape[1] == k.shape[1] and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
+    return not _unmasked(pattern, q.shape[1], k.shape[1]) and k.shape[1] >= q.shape[1]
 
 
 # Where tokens stand -------------------------------------------------------------------------------------------------
@@ -421,12 +547,25 @@ def _band(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, segments: Segments 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """scaled_dot_product_attention with our layout [B, T, H, K]; mask [B or 1, H or 1, T, S], bool or added."""
     group = q.shape[2] // k.shape[2]
-    if group > 1 and q.is_cuda and (mask is not None or q.dtype not in (torch.float16, torch.bfloat16)):
-        # the CUDA kernels that take masks or wider floats know no grouped heads, and the one left is quadratic in memory
-        k, v, group = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2), 1
+    if group > 1 and q.is_cuda:
+        if q.shape[1] == 1 and not causal:
+            return _one_query(q, k, v, scale, mask)
+        if mask is not None or q.dtype not in HALF:
+            # the CUDA kernels that take masks or wider floats know no grouped heads, and the one left is quadratic in memory
+            k, v, group = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2), 1
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=group > 1)
+    with cuda_attention.backends(q, k, v, mask is not None):
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=group > 1)
     return y.transpose(1, 2)
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
+    """One query of grouped heads: those that share a key stand as its rows, so no kernel need know of groups or copy a key."""
+    group = q.shape[2] // k.shape[2]
+    q = rearrange(q, "b 1 (g r) k -> b r g k", r=group)
+    if mask is not None and mask.shape[1] > 1:
+        mask = rearrange(mask, "b (g r) 1 s -> b g r s", r=group)
+    return rearrange(_sdpa(q, k, v, scale, mask), "b r g v -> b 1 (g r) v")
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float | None, real: Tensor | None = None) -> Tensor:
@@ -457,8 +596,32 @@ def _sdpa_masked(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, queries: Coo
         # kernels differ in what they make of a row without keys, so such a row gets all of them and is then set to 0
         some = keep.any(-1, keepdim=True)
         keep = keep | ~some
+    if q.is_cuda and q.shape[1] > 1:
+        cuda_attention.announce_mask(keep.numel() if bias is None else bias.numel())
     y = _sdpa(q, k, v, scale, keep if bias is None else torch.where(keep, bias, -torch.inf))
     return Partial(y if some is None else torch.where(some.transpose(1, 2), y, 0.0))
+
+
+def _by_length(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, segments: Segments | None, scale: float | None) -> Tensor:
+    """Rows of any length, one after the other, each a segment: by PyTorch's kernel for them (`_varlen`)."""
+    batch, tokens = q.shape[:2]
+    left = -1 if pattern.window is None else pattern.window - 1
+    window = (left, 0 if pattern.causal else left)
+    if segments is None:
+        stored = k.shape[1]
+        row = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+        y = cuda_attention.varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), row * tokens, row * stored, tokens, stored,
+                                  window, _scale(q, scale))
+        return y.unflatten(0, (batch, tokens))
+    rows = pack(segments)
+    if rows.even:
+        whole = _unmasked(pattern, tokens, tokens)
+        return _plain(q, k, v, pattern, scale) if whole else _by_length(q, k, v, pattern, None, scale)
+    if rows.longest == 0:
+        return torch.zeros_like(v).repeat_interleave(q.shape[2] // v.shape[2], 2)
+    y = cuda_attention.varlen(rows.split(q), rows.split(k), rows.split(v), rows.starts, rows.starts, rows.longest, rows.longest,
+                              window, _scale(q, scale))
+    return rows.join(y)
 
 
 def _by_rows(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, segments: Segments, at: Tensor | None,

@@ -19,10 +19,10 @@ from einops import rearrange
 from torch import Tensor
 
 from seqloom.core import BuildContext, Info, Mixed, Mixer, Placement, Spec, scan
-from seqloom.core.context import split
 from seqloom.core.mixer import accumulator
 from seqloom.kernels import decay_scan, delta_scan
 from seqloom.parts import GatedRMSNorm, RMSNorm, ShortConv, l2_normalise, linear
+from seqloom.parts.heads import head_widths
 
 
 def _adding(form: Callable[..., Mixed]) -> Callable[..., Mixed]:
@@ -63,6 +63,8 @@ class DeltaNet(Spec):
     neg_eigval: bool = False      # beta in (0, 2): the transition may have an eigenvalue in (-1, 1)
     gate: Literal["none", "silu"] = "none"
     erase: bool = True            # False: plain additive linear attention with the same parameters and keys
+    key_heads: int | None = None  # heads of queries and keys, each for heads / key_heads heads of values; None: heads
+    norm_eps: float = EPS         # of the output norm
 
     key: ClassVar[str] = "delta"
     equation: ClassVar[str] = "S_t = (I - b_t k_t k_t') S_{t-1} + b_t k_t v_t';  y_t = S_t' q_t"
@@ -74,6 +76,7 @@ class DeltaNet(Spec):
         "relu": dict(heads=2, activation="relu", beta="one"),
         "none": dict(heads=2, activation="none"),
         "adding": dict(heads=2, erase=False),
+        "grouped": dict(heads=4, key_heads=2, key_dim=6, value_dim=10, gate="silu"),
     }
 
     @property
@@ -84,6 +87,11 @@ class DeltaNet(Spec):
         if self.key_norm == "sum" and self.activation not in ("elu", "relu"):
             raise ValueError(f"{type(self).__name__}: key_norm='sum' needs keys >= 0, and activation={self.activation!r} gives "
                              "both signs; use activation='elu' or 'relu'")
+        keys = self.key_heads or self.heads
+        if keys < 1 or self.heads % keys:
+            near = max(n for n in range(1, self.heads + 1) if self.heads % n == 0 and n <= max(keys, 1))
+            raise ValueError(f"{type(self).__name__}: {self.heads} heads of values do not share {keys} heads of keys; "
+                             f"nearest is {near}")
 
     def build(self, ctx: BuildContext) -> DeltaNetLayer:
         return DeltaNetLayer(self, ctx)
@@ -100,17 +108,16 @@ class DeltaNetLayer(Mixer):
     def __init__(self, spec: DeltaNet, ctx: BuildContext, steps: int = 1):
         super().__init__(spec)
         heads, self.steps = spec.heads, steps
-        # dim has to split over the heads only where a width per head is left to it
-        head = 0 if spec.key_dim and spec.value_dim else split(ctx.dim, heads, type(spec).__name__)
-        self.key, self.value = spec.key_dim or head, spec.value_dim or head
-        self.widths = ((1 + steps) * heads * self.key, steps * heads * self.value)
+        self.key, self.value = head_widths(ctx.dim, spec)
+        self.key_heads = spec.key_heads or heads
+        self.widths = ((1 + steps) * self.key_heads * self.key, steps * heads * self.value)
         self.qkv = linear(ctx.dim, sum(self.widths))
         self.conv = None
         if spec.conv:
             self.conv = ShortConv(sum(self.widths), spec.conv, activation="silu" if spec.activation == "silu" else None)
         self.b_proj = linear(ctx.dim, steps * heads) if spec.beta == "learned" else None
         self.g_proj = linear(ctx.dim, heads * self.value) if spec.gate == "silu" else None
-        self.o_norm = (RMSNorm if self.g_proj is None else GatedRMSNorm)(self.value, EPS)
+        self.o_norm = (RMSNorm if self.g_proj is None else GatedRMSNorm)(self.value, spec.norm_eps)
         self.o_proj = linear(heads * self.value, ctx.dim, depth=ctx.depth)
 
     def mix(self, x: Tensor, cells: Cells | None, place: Placement, info: Info, donate: bool) -> tuple[Tensor, Any, dict]:
@@ -132,11 +139,13 @@ class DeltaNetLayer(Mixer):
         qk, v = qkv.split(self.widths, -1)
         if self.conv is None or spec.activation != "silu":  # else the convolution has applied it to all three
             qk, v = ACTIVATIONS[spec.activation](qk), F.silu(v)
-        q_and_k = rearrange(qk, "b t (m h k) -> b t m h k", h=spec.heads, k=self.key)
+        q_and_k = rearrange(qk, "b t (m h k) -> b t m h k", h=self.key_heads, k=self.key)
         if spec.key_norm == "l2":
             q_and_k = l2_normalise(q_and_k)
         else:
             q_and_k = q_and_k / (q_and_k.sum(-1, keepdim=True) + 1e-6)
+        if self.key_heads != spec.heads:  # values side by side share a key
+            q_and_k = q_and_k.repeat_interleave(spec.heads // self.key_heads, 3)
         q, k = q_and_k.split((1, self.steps), 2)
         v = rearrange(v, "b t (n h v) -> b t n h v", n=self.steps, h=spec.heads)
         return q.squeeze(2) * self.key**-0.5, self._one(k), self._one(v), tail

@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqloom.core import BuildContext, Info, Mixer, Placement, Segments, Spec
 from seqloom.core.marks import mark
 from seqloom.core.mixer import accumulator
-from seqloom.mixers.mamba import Mamba, MambaLayer
+from seqloom.mixers.mamba import Mamba
 from seqloom.mixers.mamba2 import Mamba2, Mamba2Layer
 from seqloom.parts import RMSNorm
 
@@ -83,9 +82,7 @@ class DiffMambaLayer(Mixer):
     def __init__(self, spec: DiffMamba, ctx: BuildContext):
         super().__init__(spec)
         self.lambda_init = initial_lambda(ctx.layer) if spec.lambda_init is None else spec.lambda_init  # a number: no device
-        self.mixer_1, self.mixer_2 = (
-            _Half(spec.mixer, ctx) if isinstance(spec.mixer, Mamba) else spec.mixer.build(ctx) for _ in range(2)
-        )
+        self.mixer_1, self.mixer_2 = (spec.mixer.build(ctx) for _ in range(2))
         if spec.double == "scan":
             del self.mixer_2.in_proj, self.mixer_2.conv1d, self.mixer_2.out_proj
         self.lambda_q1 = None
@@ -139,8 +136,8 @@ class DiffMambaLayer(Mixer):
         ys, after, ends = [], [], []
         for mixer, before, tail in zip((self.mixer_1, self.mixer_2), memories, tails, strict=True):
             inner, z, tail = mixer.open(x, tail, segments)
-            y, hidden = self._scan(mixer, inner, before, segments)
-            ys.append(mixer.out_proj(y * F.silu(z)))
+            y, hidden = mixer.scan(self.run, inner, before, segments)
+            ys.append(mixer.close(y, z))
             after.append(hidden)
             ends.append(tail)
         return ys[0], ys[1], torch.cat(after, 1), torch.cat(ends, -1)
@@ -150,16 +147,9 @@ class DiffMambaLayer(Mixer):
         inner, z, tail = self.mixer_1.open(x, None if cells is None else cells.tail, segments)
         memories = (None, None) if cells is None else cells.memory.chunk(2, 1)
         mixers = zip((self.mixer_1, self.mixer_2), memories, strict=True)
-        (first, a), (second, b) = (self._scan(mixer, inner, before, segments) for mixer, before in mixers)
+        (first, a), (second, b) = (mixer.scan(self.run, inner, before, segments) for mixer, before in mixers)
         y = self._join(first, second).to(z.dtype)
-        return self.mixer_1.out_proj(y * F.silu(z)), torch.cat([a, b], 1), tail
-
-    def _scan(self, mixer: _Half, x: Tensor, memory: Tensor | None, segments: Segments | None) -> tuple[Tensor, Tensor]:
-        y, hidden, _ = self.run(
-            *mixer.streams(x), A=-mixer.A_log.to(accumulator(x.dtype)).exp(), D=mixer.D, state=memory, segments=segments,
-            discretise=self.spec.mixer.discretise,
-        )
-        return y, hidden
+        return self.mixer_1.close(y, z), torch.cat([a, b], 1), tail
 
     def _opened(self, cells: Cells | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The memory of both, and the two tails."""
@@ -205,23 +195,3 @@ class DiffMambaLayer(Mixer):
             for name in ("dt_bias", "A_log", "D", "norm.weight"):
                 mixer.get_parameter(name).copy_(cut(source.get_parameter(name)))
             mixer.out_proj.weight.copy_(cut(source.out_proj.weight, 1))
-
-
-class _Half(MambaLayer):
-    """Mamba, opened where its scan is."""
-
-    def open(self, x: Tensor, tail: Tensor | None, segments: Segments | None) -> tuple[Tensor, Tensor, Tensor]:
-        """What the scan reads, the gate, both [B, T, E], and the convolution's new tail."""
-        x, z = self.in_proj(x).chunk(2, -1)
-        x, tail, _ = self.conv1d(x, tail, segments)
-        return x, z, tail
-
-    def streams(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x, dt [B, T, E], B and C [B, T, N] of the scan."""
-        wide = accumulator(x.dtype)
-        dt, B, C = self._maps(x)
-        if dt.dtype == wide or type(self.dt_proj) is not nn.Linear:  # adapters replace the module
-            dt = self.dt_proj(dt).to(wide)
-        else:  # the bias is added after rounding, as in Mamba
-            dt = F.linear(dt, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide)
-        return x, F.softplus(dt).expand(*x.shape), B, C

@@ -9,19 +9,17 @@ Source: [deltaproduct] Method 2 and 3 at one step a token, [deltanet] for the re
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from seqloom.core import BuildContext
-from seqloom.core.marks import mark
 from seqloom.core.mixer import accumulator
 from seqloom.mixers.delta import DeltaNet, DeltaNetLayer
 from seqloom.parts import linear
+from seqloom.parts.init import rate_and_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +43,7 @@ class GatedDeltaNetLayer(DeltaNetLayer):
     def __init__(self, spec: GatedDeltaNet, ctx: BuildContext, steps: int = 1):
         super().__init__(spec, ctx, steps)
         self.a_proj = linear(ctx.dim, spec.heads)
-        # rates in (0, 16) and steps from 1e-3 to 1e-1, log-uniform: log a_t is rate times step at the start. The lowest
-        # rate is kept off 0, whose logarithm would never move
-        rate = torch.empty(spec.heads).uniform_(1e-2, 16)
-        dt = torch.empty(spec.heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-        self.A_log = mark(nn.Parameter(rate.log()), no_decay=True, keep_float32=True)
-        self.dt_bias = mark(nn.Parameter(dt + (-(-dt).expm1()).log()), no_decay=True, keep_float32=True)  # softplus^-1(dt)
+        self.A_log, self.dt_bias = rate_and_step(spec.heads)
 
     def _log_decay(self, x: Tensor) -> tuple[Tensor, ...]:
         """log a_t <= 0, [B, T, H] in float32 or wider."""

@@ -36,6 +36,7 @@ class GatedLinearAttention(Spec):
     gate_rank: int = 16           # of the map from inputs to vector decays
     tau: float = 16.0             # divides the log decay
     conv: int = 0                 # width of the short convolution on q, k, v; 0 is none
+    norm_eps: float = 1e-6        # of the output norm
     direction: Literal["causal", "bidirectional"] = "causal"
 
     key: ClassVar[str] = "gated_linear"
@@ -81,7 +82,7 @@ class GatedLinearAttentionLayer(Mixer):
         else:
             self.a_proj = linear(ctx.dim, heads, bias=True)
         self.g_proj = linear(ctx.dim, heads * self.value)
-        self.o_norm = GatedRMSNorm(self.value)
+        self.o_norm = GatedRMSNorm(self.value, spec.norm_eps)
         self.o_proj = linear(heads * self.value, ctx.dim, depth=ctx.depth)
 
     def mix(self, x: Tensor, cells: Cells | None, place: Placement, info: Info, donate: bool) -> tuple[Tensor, Any, dict]:

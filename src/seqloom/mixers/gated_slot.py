@@ -26,11 +26,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from seqloom.core import BuildContext, Info, Mixed, Mixer, Placement, Segments, Spec, scan
-from seqloom.core.context import split
 from seqloom.core.marks import mark
 from seqloom.core.mixer import accumulator
 from seqloom.kernels import decay_scan
 from seqloom.parts import RMSNorm, ShortConv, linear
+from seqloom.parts.heads import head_widths
 
 
 class Slots(NamedTuple):
@@ -131,6 +131,7 @@ class GatedSlotAttention(Spec):
     gate: Literal["token", "constant"] = "token"  # constant: one learned decay per slot, whatever the token
     read: Literal["softmax", "linear"] = "softmax"
     norm: Literal["rms", "none"] = "rms"  # RMSNorm(SiLU(.)) over all heads before the output map
+    norm_eps: float = 1e-6
     conv: int = 0                 # width of the short convolution on q, k, v; 0 is none
 
     key: ClassVar[str] = "gated_slot"
@@ -167,9 +168,8 @@ class GatedSlotAttentionLayer(Mixer):
     def __init__(self, spec: GatedSlotAttention, ctx: BuildContext):
         super().__init__(spec)
         heads = spec.heads
-        # dim has to split over the heads only where a width per head is left to it
-        head = 0 if spec.key_dim and spec.value_dim else split(ctx.dim, heads, type(spec).__name__)
-        self.key, self.value, self.groups = spec.key_dim or head, spec.value_dim or head, spec.kv_heads or heads
+        self.key, self.value = head_widths(ctx.dim, spec)
+        self.groups = spec.kv_heads or heads
         self.scale = self.key**-0.5 if spec.scale is None else spec.scale
         self.widths = (heads * self.key, self.groups * self.key, self.groups * self.value)
         self.qkv = linear(ctx.dim, sum(self.widths))
@@ -180,7 +180,7 @@ class GatedSlotAttentionLayer(Mixer):
             self.f_proj = linear(ctx.dim, self.groups * spec.slots)
         else:  # slots of equal gates would stay equal for ever
             self.gates = mark(nn.Parameter(torch.randn(self.groups, spec.slots)), no_decay=True)
-        self.o_norm = RMSNorm(heads * self.value) if spec.norm == "rms" else None
+        self.o_norm = RMSNorm(heads * self.value, spec.norm_eps) if spec.norm == "rms" else None
         self.o_proj = linear(heads * self.value, ctx.dim, depth=ctx.depth)
 
     def mix(self, x: Tensor, cells: Cells | None, place: Placement, info: Info, donate: bool) -> tuple[Tensor, Any, dict]:

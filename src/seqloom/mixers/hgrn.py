@@ -97,6 +97,7 @@ class HGRN(Spec):
     expand: int = 1               # inner width / model width
     conv: int = 0                 # width of the short convolution on what candidate and forget gate read; 0 is none
     norm: Literal["layer", "rms"] = "layer"  # LayerNorm(gate * h), or RMSNorm(h) * gate as flash-linear-attention has it
+    norm_eps: float | None = None  # None: 1e-5 for layer, 1e-6 for rms
     bias: bool = True             # of the projections
     theta: float = 10000.0        # channel j starts to turn by theta^(-2j/D) a token
     direction: Literal["causal", "bidirectional"] = "causal"
@@ -166,11 +167,11 @@ class HGRNLayer(Mixer):
         if spec.recurrence == "complex":
             self.theta = mark(nn.Parameter(spec.theta ** (-2 / inner * torch.arange(inner))), no_decay=True)
         if spec.norm == "layer":
-            self.g_norm = nn.LayerNorm(width)
+            self.g_norm = nn.LayerNorm(width, 1e-5 if spec.norm_eps is None else spec.norm_eps)
             mark(self.g_norm.weight, no_decay=True)
             mark(self.g_norm.bias, no_decay=True)
         else:
-            self.g_norm = GatedRMSNorm(width)
+            self.g_norm = GatedRMSNorm(width, 1e-6 if spec.norm_eps is None else spec.norm_eps)
         self.o_proj = linear(width, dim, bias=spec.bias, std=(3 * width) ** -0.5, depth=ctx.depth)
         self.layer = ctx.depth - 1 - ctx.layer if spec.lower_bounds == "falling" else ctx.layer
         self._bounds = ()

@@ -12,7 +12,6 @@ forward scan, then of the backward one. combine="add" is the sum of two plain sc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -29,6 +28,8 @@ from seqloom.core.mixer import accumulator
 from seqloom.kernels import decay_scan
 from seqloom.parts import GatedRMSNorm, linear
 from seqloom.parts.bidirectional import CentredConv, apart, both, both_segments, previous
+from seqloom.parts.heads import grouped_heads
+from seqloom.parts.init import step_bias
 
 Combine = Literal["shift", "add"]
 
@@ -135,19 +136,12 @@ class HydraLayer(Mixer):
     def __init__(self, spec: Hydra, ctx: BuildContext):
         super().__init__(spec)
         inner, shared = spec.expand * ctx.dim, 2 * spec.groups * spec.state  # B and C of one direction
-        if inner % spec.head_dim:
-            nearest = math.gcd(inner, spec.head_dim)
-            raise ValueError(f"Hydra: inner width {inner} is not made of heads of {spec.head_dim}; head_dim={nearest} fits")
-        self.heads = inner // spec.head_dim
-        if self.heads % spec.groups:
-            nearest = math.gcd(self.heads, spec.groups)
-            raise ValueError(f"Hydra: {self.heads} heads do not split into {spec.groups} groups; groups={nearest} fits")
+        self.heads = grouped_heads(inner, spec)
         self.widths = (inner, inner + 2 * shared, 2 * self.heads)
         self.in_proj = linear(ctx.dim, sum(self.widths), bias=spec.bias)
         self.conv1d = CentredConv(self.widths[1], spec.conv, bias=spec.conv_bias) if spec.conv else None
-        dt = torch.empty(self.heads).uniform_(math.log(spec.dt_min), math.log(spec.dt_max)).exp().clamp(min=spec.dt_floor)
         own = partial(mark, no_decay=True, keep_float32=True)
-        self.dt_bias = own(nn.Parameter(dt + (-(-dt).expm1()).log()))  # softplus^-1(dt)
+        self.dt_bias = own(nn.Parameter(step_bias(self.heads, spec.dt_min, spec.dt_max, spec.dt_floor)))
         self.A_log = own(nn.Parameter(torch.zeros(self.heads)))
         self.D = own(nn.Parameter(torch.ones(self.heads)))
         self.fc_D = linear(inner, self.heads)

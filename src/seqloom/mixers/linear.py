@@ -26,11 +26,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from seqloom.core import BuildContext, Info, Memory, Mixed, Mixer, Placement, Segments, Spec, gpu_only, scan
-from seqloom.core.context import split
 from seqloom.core.marks import mark
 from seqloom.core.mixer import accumulator
 from seqloom.kernels import decay_scan
-from seqloom.parts import ShortConv, l2_normalise, linear
+from seqloom.parts import RMSNorm, ShortConv, l2_normalise, linear
+from seqloom.parts.heads import head_widths
 from seqloom.parts.positions import Rope, rotate
 
 CAUSAL = {"recurrent": partial(scan, decay_scan.step), "chunked": decay_scan.chunked, "parallel": decay_scan.parallel,
@@ -60,6 +60,8 @@ class LinearAttention(Spec):
     # what sums are divided by: the same sum of keys alone, the count of tokens to a trained power or to the first, nothing
     normaliser: Literal["sum", "count", "mean", "none"] = "sum"
     norm_side: Literal["query", "key"] = "query"  # whose count divides: the reading token's, or that of each value read
+    norm: Literal["none", "rms"] = "none"  # of what each head has read, with one weight for all heads
+    norm_eps: float = 1e-6
     conv: int = 0                 # width of the short convolution on q, k, v; 0 is none
     position: Literal["none", "rope"] = "none"
     theta: float = 10000.0        # channel pair i of a head turns by theta^(-2i/K) a token
@@ -77,6 +79,7 @@ class LinearAttention(Spec):
         "cosine-bidirectional": dict(heads=2, feature="cosine", normaliser="count", direction="bidirectional"),
         "mean-rope": dict(heads=2, key_dim=8, value_dim=12, feature="none", normaliser="mean", position="rope"),
         "rope": dict(heads=2, position="rope", direction="bidirectional"),
+        "norm": dict(heads=2, value_dim=12, norm="rms"),
     }
 
     @property
@@ -114,12 +117,12 @@ FEATURES = {
 class LinearAttentionLayer(Mixer):
     def __init__(self, spec: LinearAttention, ctx: BuildContext):
         super().__init__(spec)
-        head = split(ctx.dim, spec.heads, "LinearAttention")
-        self.key, self.value = spec.key_dim or head, spec.value_dim or head
+        self.key, self.value = head_widths(ctx.dim, spec)
         widths = (spec.heads * self.key, spec.heads * self.key, spec.heads * self.value)
         self.widths = widths
         self.qkv = linear(ctx.dim, sum(widths))
         self.conv = ShortConv(sum(widths), spec.conv) if spec.conv else None
+        self.o_norm = RMSNorm(self.value, spec.norm_eps) if spec.norm == "rms" else None
         self.out = linear(spec.heads * self.value, ctx.dim, depth=ctx.depth)
         self.scale = 1.0 if spec.feature == "cosine" else self.key**-0.5
         self.m = None
@@ -170,6 +173,8 @@ class LinearAttentionLayer(Mixer):
     def _normalise(self, y: Tensor) -> Tensor:
         if self.spec.normaliser == "sum":
             y = y[..., :-1] / (y[..., -1:] + EPS)
+        if self.o_norm is not None:
+            y = self.o_norm(y)
         return rearrange(y, "b t h v -> b t (h v)")
 
     def _start(self, x: Tensor) -> Tensor | None:

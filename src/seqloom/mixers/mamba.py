@@ -13,6 +13,7 @@ State: h, [B, E, N] with E = expand dim, and the convolution's tail, constant in
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -20,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqloom.core import BuildContext, Info, Mixer, Placement, Spec
+from seqloom.core import BuildContext, Info, Mixed, Mixer, Placement, Segments, Spec
 from seqloom.core.marks import mark
 from seqloom.core.mixer import accumulator
 from seqloom.kernels import selective_scan
-from seqloom.parts import ShortConv
+from seqloom.parts import RMSNorm, ShortConv
+from seqloom.parts.init import step_bias
 
 FORMS = {"recurrent": selective_scan.recurrent, "chunked": selective_scan.chunked, "parallel": selective_scan.parallel}
 # compiled for the CPU where numba is installed (pip install 'seqloom[native]'), for Euler's rule
@@ -46,6 +48,8 @@ class Mamba(Spec):
     # which of step and maps are read from the token; the others are the same maps of one trained vector
     selective: tuple[Stream, ...] = ("dt", "B", "C")
     discretise: selective_scan.Discretisation = "euler"  # of the write; "zoh" is exact for a held input
+    inner_norm: Literal["none", "rms"] = "none"  # RMSNorm of delta, B and C each, as Jamba has it
+    norm_eps: float = 1e-6        # of these norms
 
     key: ClassVar[str] = "mamba"
     prefer: ClassVar[tuple[str, ...]] = ("fused", "native", "chunked", "parallel")
@@ -56,6 +60,7 @@ class Mamba(Spec):
         "zoh": dict(state=3, expand=1, conv=2, dt_rank=5, conv_bias=False, bias=True, discretise="zoh"),
         "dt_only": dict(state=4, expand=1, selective=("dt",)),
         "still": dict(state=4, expand=1, selective=()),
+        "inner_norm": dict(state=4, expand=1, inner_norm="rms"),
     }
 
     def __post_init__(self) -> None:
@@ -90,6 +95,9 @@ class MambaLayer(Mixer):
         self.conv1d = ShortConv(inner, spec.conv, bias=spec.conv_bias)
         self.x_proj = nn.Linear(inner, sum(self.widths), bias=False)
         self.dt_proj = nn.Linear(rank, inner)
+        if spec.inner_norm == "rms":
+            norm = lambda width: RMSNorm(width, spec.norm_eps)  # noqa: E731
+            self.dt_layernorm, self.b_layernorm, self.c_layernorm = map(norm, self.widths)
         own = dict(no_decay=True, keep_float32=True)
         rates = torch.arange(1.0, spec.state + 1).log()
         self.A_log = mark(nn.Parameter(rates.repeat(inner, 1)), **own)  # S4D-Real
@@ -98,28 +106,42 @@ class MambaLayer(Mixer):
         self.still = None if len(set(spec.selective)) == 3 else nn.Parameter(torch.randn(inner))
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-(rank**-0.5), rank**-0.5)
-            dt = torch.empty(inner).uniform_(math.log(spec.dt_min), math.log(spec.dt_max)).exp().clamp(min=spec.dt_floor)
-            self.dt_proj.bias.copy_(dt + (-(-dt).expm1()).log())  # softplus^-1(dt)
+            self.dt_proj.bias.copy_(step_bias(inner, spec.dt_min, spec.dt_max, spec.dt_floor))
             self.out_proj.weight.div_(math.sqrt(ctx.depth))
             for layer in (self.in_proj, self.out_proj) if spec.bias else ():
                 layer.bias.zero_()
         mark(self.dt_proj.bias, no_decay=True)
 
     def mix(self, x: Tensor, cells: Cells | None, place: Placement, info: Info, donate: bool) -> tuple[Tensor, Any, dict]:
-        wide = accumulator(x.dtype)
+        hidden, tail = (None, None) if cells is None else cells
+        x, z, tail = self.open(x, tail, place.segments)
+        y, hidden = self.scan(self.run, x, hidden, place.segments)
+        return self.close(y, z), Cells(hidden, tail), {}
+
+    def open(self, x: Tensor, tail: Tensor | None, segments: Segments | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What the scan reads, the gate, both [B, T, E], and the convolution's new tail."""
         x, z = self.in_proj(x).chunk(2, -1)
-        x, tail, _ = self.conv1d(x, None if cells is None else cells.tail, place.segments)
+        x, tail, _ = self.conv1d(x, tail, segments)
+        return x, z, tail
+
+    def scan(self, run: Callable[..., Mixed], x: Tensor, hidden: Tensor | None,
+             segments: Segments | None) -> tuple[Tensor, Tensor]:
+        """y [B, T, E] and the state after x [B, T, E], by `run`: this layer's own, or that of a mixer it is a part of."""
+        wide = accumulator(x.dtype)
         dt, B, C = self._maps(x)
         if dt.dtype == wide or type(self.dt_proj) is not nn.Linear:  # adapters replace the module
             dt = self.dt_proj(dt).to(wide)
         else:  # the bias is added after rounding: a step of 1e-3 is a softplus of -7, where bfloat16 has one digit
             dt = F.linear(dt, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide)
-        dt = F.softplus(dt)
-        y, hidden, _ = self.run(
-            x, dt.expand(*x.shape), B, C, A=-self.A_log.to(wide).exp(), D=self.D, state=None if cells is None else cells.hidden,
-            segments=place.segments, discretise=self.spec.discretise,
+        y, hidden, _ = run(
+            x, F.softplus(dt).expand(*x.shape), B, C, A=-self.A_log.to(wide).exp(), D=self.D, state=hidden, segments=segments,
+            discretise=self.spec.discretise,
         )
-        return self.out_proj(y * F.silu(z)), Cells(hidden, tail), {}
+        return y, hidden
+
+    def close(self, y: Tensor, z: Tensor) -> Tensor:
+        """The layer's output from the scan's and the gate."""
+        return self.out_proj(y * F.silu(z))
 
     def _maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What dt is made of [B, T or 1, R], B and C [B, T, N], of the token or of one trained vector."""
@@ -129,6 +151,8 @@ class MambaLayer(Mixer):
         if self.still is not None:
             still = self.x_proj(self.still).split(self.widths, -1)
         dt, B, C = (a if name in self.spec.selective else b for name, a, b in zip(("dt", "B", "C"), moved, still, strict=True))
+        if self.spec.inner_norm == "rms":
+            dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
         return dt, B.expand(*x.shape[:2], -1), C.expand(*x.shape[:2], -1)
 
     def empty(self, batch: int, capacity: int | None, dtype: torch.dtype, device: Any) -> Cells:

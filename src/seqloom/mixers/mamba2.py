@@ -11,7 +11,6 @@ State: S, [B, H, N, P], and the convolution's tail, constant in T.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -27,6 +26,8 @@ from seqloom.core.marks import mark
 from seqloom.core.mixer import accumulator
 from seqloom.kernels import decay_scan
 from seqloom.parts import RMSNorm, ShortConv, linear
+from seqloom.parts.heads import grouped_heads
+from seqloom.parts.init import step_bias
 
 
 def _stepped(form: Callable[..., Mixed], rounded: bool = False) -> Callable[..., Mixed]:
@@ -96,19 +97,12 @@ class Mamba2Layer(Mixer):
     def __init__(self, spec: Mamba2, ctx: BuildContext):
         super().__init__(spec)
         inner, shared = spec.expand * ctx.dim, spec.groups * spec.state
-        if inner % spec.head_dim:
-            nearest = math.gcd(inner, spec.head_dim)
-            raise ValueError(f"Mamba2: inner width {inner} is not made of heads of {spec.head_dim}; head_dim={nearest} fits")
-        self.heads = inner // spec.head_dim
-        if self.heads % spec.groups:
-            nearest = math.gcd(self.heads, spec.groups)
-            raise ValueError(f"Mamba2: {self.heads} heads do not split into {spec.groups} groups; groups={nearest} fits")
+        self.heads = grouped_heads(inner, spec)
         self.widths = (inner, inner + 2 * shared, self.heads)
         self.in_proj = linear(ctx.dim, sum(self.widths), bias=spec.bias)
         self.conv1d = ShortConv(inner + 2 * shared, spec.conv, bias=spec.conv_bias)
-        dt = torch.empty(self.heads).uniform_(math.log(spec.dt_min), math.log(spec.dt_max)).exp().clamp(min=spec.dt_floor)
         own = partial(mark, no_decay=True, keep_float32=True)
-        self.dt_bias = own(nn.Parameter(dt + (-(-dt).expm1()).log()))  # softplus^-1(dt)
+        self.dt_bias = own(nn.Parameter(step_bias(self.heads, spec.dt_min, spec.dt_max, spec.dt_floor)))
         self.A_log = own(nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log()))
         self.D = own(nn.Parameter(torch.ones(self.heads)))
         self.norm = GroupedNorm(inner, spec.groups, spec.norm_eps)

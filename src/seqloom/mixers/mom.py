@@ -15,22 +15,21 @@ Source: [mom] Method.  State: S [B, M (+ 1), H, K, V] and each memory's convolut
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from torch import Tensor, nn
+from torch import Tensor
 
 from seqloom.core import BuildContext, Info, Mixer, Placement, Segments, Spec
-from seqloom.core.context import split
-from seqloom.core.marks import mark
 from seqloom.core.mixer import accumulator
 from seqloom.mixers.delta import EPS, ERASE
 from seqloom.mixers.linear import CAUSAL
 from seqloom.parts import GatedRMSNorm, RMSNorm, ShortConv, l2_normalise, linear
+from seqloom.parts.heads import head_widths
+from seqloom.parts.init import rate_and_step
 from seqloom.parts.router import Routing, TopKRouter, balance
 
 # rule -> forms, whether writes have a strength beta, whether the memory decays
@@ -51,6 +50,7 @@ class MixtureOfMemories(Spec):
     conv: int = 4                 # width of the short convolution on q, k, v; 0 is none
     gate: Literal["none", "silu"] = "silu"
     balance: float = 0.01         # weight of the routing balance loss
+    norm_eps: float = EPS         # of the output norm
 
     key: ClassVar[str] = "mom"
     equation: ClassVar[str] = "S^m_t = rule(S^m_{t-1}, k^m_t, v^m_t) for chosen m;  y_t = sum_m w_m S^m_t' q_t"
@@ -86,8 +86,7 @@ class MixtureOfMemoriesLayer(Mixer):
     def __init__(self, spec: MixtureOfMemories, ctx: BuildContext):
         super().__init__(spec)
         heads = spec.heads
-        head = 0 if spec.key_dim and spec.value_dim else split(ctx.dim, heads, "MixtureOfMemories")
-        self.key, self.value = spec.key_dim or head, spec.value_dim or head
+        self.key, self.value = head_widths(ctx.dim, spec)
         self.rows = spec.memories + spec.shared
         sets = 1 if spec.single_kv else self.rows
         _, strength, decay = RULES[spec.rule]
@@ -98,13 +97,10 @@ class MixtureOfMemoriesLayer(Mixer):
         self.b_proj = linear(ctx.dim, sets * heads) if strength else None
         self.a_proj = linear(ctx.dim, sets * heads) if decay else None
         if decay:  # as in gated DeltaNet
-            rate = torch.empty(heads).uniform_(1e-2, 16)
-            dt = torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-            self.A_log = mark(nn.Parameter(rate.log()), no_decay=True, keep_float32=True)
-            self.dt_bias = mark(nn.Parameter(dt + (-(-dt).expm1()).log()), no_decay=True, keep_float32=True)
+            self.A_log, self.dt_bias = rate_and_step(heads)
         self.conv = ShortConv(heads * (2 * self.key + self.value), spec.conv) if spec.conv else None
         self.g_proj = linear(ctx.dim, heads * self.value) if spec.gate == "silu" else None
-        self.o_norm = (RMSNorm if self.g_proj is None else GatedRMSNorm)(self.value, EPS)
+        self.o_norm = (RMSNorm if self.g_proj is None else GatedRMSNorm)(self.value, spec.norm_eps)
         self.o_proj = linear(heads * self.value, ctx.dim, depth=ctx.depth)
 
     def mix(self, x: Tensor, cells: Cells | None, place: Placement, info: Info, donate: bool) -> tuple[Tensor, Any, dict]:

@@ -223,6 +223,7 @@ class NativeHybridAttention(Spec):
     # what the layer of gated slots may have besides, and this one has not
     gate: ClassVar[str] = "token"
     conv: ClassVar[int] = 0
+    norm_eps: ClassVar[float] = 1e-6
 
     def __post_init__(self) -> None:
         kv = self.kv_heads or self.heads

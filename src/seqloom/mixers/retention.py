@@ -11,7 +11,6 @@ State: S, [B, H, K, V], constant in T.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -20,10 +19,10 @@ from einops import rearrange
 from torch import Tensor
 
 from seqloom.core import BuildContext, Info, Mixer, Placement, Spec
-from seqloom.core.context import split
 from seqloom.core.mixer import accumulator
 from seqloom.mixers.linear import BIDIRECTIONAL, CAUSAL
 from seqloom.parts import GatedRMSNorm, RMSNorm, linear
+from seqloom.parts.heads import head_widths
 from seqloom.parts.positions import Rope, rotate
 
 
@@ -36,6 +35,7 @@ class Retention(Spec):
     position: Literal["rope", "none"] = "rope"
     theta: float = 10000.0        # channel pair i of a head turns by theta^(-2i/K) a token
     gate: Literal["silu", "none"] = "silu"
+    norm_eps: float = 1e-6        # of the output norm
     direction: Literal["causal", "bidirectional"] = "causal"
 
     key: ClassVar[str] = "retention"
@@ -64,16 +64,14 @@ class RetentionLayer(Mixer):
     def __init__(self, spec: Retention, ctx: BuildContext):
         super().__init__(spec)
         heads = spec.heads
-        # dim has to split over the heads only where a width per head is left to it
-        head = 0 if spec.key_dim and spec.value_dim else split(ctx.dim, heads, "Retention")
-        self.key, self.value = spec.key_dim or head, spec.value_dim or head
+        self.key, self.value = head_widths(ctx.dim, spec)
         self.widths = (2 * heads * self.key, heads * self.value)
         self.rope = None
         if spec.position == "rope":
             self.rope, self.uses = Rope(self.key, theta=spec.theta), self.uses | {"positions"}
         self.qkv = linear(ctx.dim, sum(self.widths))
         self.g_proj = linear(ctx.dim, heads * self.value) if spec.gate == "silu" else None
-        self.o_norm = (RMSNorm if self.g_proj is None else GatedRMSNorm)(self.value)
+        self.o_norm = (RMSNorm if self.g_proj is None else GatedRMSNorm)(self.value, spec.norm_eps)
         self.o_proj = linear(heads * self.value, ctx.dim, depth=ctx.depth)
 
     def mix(self, x: Tensor, cells: Cells | None, place: Placement, info: Info, donate: bool) -> tuple[Tensor, Any, dict]:
@@ -98,8 +96,9 @@ class RetentionLayer(Mixer):
         if self.spec.decay == "none":
             return ()
         # log1p: 1 - 2^(-5-h) has few digits of the decay left in many heads, and its logarithm fewer
-        rates = [math.log1p(-(2.0 ** (-5 - h))) for h in range(self.spec.heads)]
-        return (torch.tensor(rates, dtype=accumulator(x.dtype), device=x.device).expand(*x.shape[:2], -1),)
+        # made on the device: a copy from the host would wait, and cannot be part of a CUDA graph
+        heads = torch.arange(self.spec.heads, dtype=accumulator(x.dtype), device=x.device)
+        return (torch.log1p(-torch.exp2(-5 - heads)).expand(*x.shape[:2], -1),)
 
     def empty(self, batch: int, capacity: int | None, dtype: torch.dtype, device: Any) -> Cells:
         return Cells(torch.zeros(batch, self.spec.heads, self.key, self.value, dtype=accumulator(dtype), device=device))

@@ -3,8 +3,9 @@
     y_t = W_o sum_s softmax_s(scale q_t k_s + bias_ts) v_s        over the keys s of the same segment that t sees
 
 Multi-head, or grouped queries (`kv_heads` keys and values shared by `heads` queries); causal, windowed, with a
-bidirectional prefix, or bidirectional; positions by rotation (RoPE), by a distance bias (ALiBi), or none. As a reader
-of another sequence (`read_in`) it sees all real tokens of the source, without positions.
+bidirectional prefix, or bidirectional; positions by rotation (RoPE), by a distance bias (ALiBi), or none. What the heads
+have read may be gated, y * sigmoid(W_g x). As a reader of another sequence (`read_in`) it sees all real tokens of the
+source, without positions.
 
 Source: [flashattention-2] for the computation. State: keys and values of the past in the compute dtype, growing with T,
 or a ring of `window` slots.
@@ -27,8 +28,6 @@ from seqloom.kernels.softmax import Coords, Pattern
 from seqloom.parts import RMSNorm, linear
 from seqloom.parts.positions import LinearScaling, Llama3Scaling, Rope, YarnScaling, alibi_slopes, rotate, rotate_qkv
 
-LONG_BIAS = 1024
-
 
 @dataclass(frozen=True, kw_only=True)
 class SoftmaxAttention(Spec):
@@ -43,6 +42,7 @@ class SoftmaxAttention(Spec):
     rope_fraction: float = 1.0     # share of a head's channels that turn
     rope_scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
     bias: Literal["none", "qkv", "all"] = "none"
+    gate: Literal["none", "sigmoid"] = "none"  # y * sigmoid(W_g x) before the output map
     qk_norm: Literal["none", "rms"] = "none"  # RMSNorm of every query and key head, before the rotation
     norm_eps: float = 1e-6
     scale: float | None = None     # of the scores; None: head_dim^-1/2
@@ -59,6 +59,7 @@ class SoftmaxAttention(Spec):
         "alibi-window": dict(heads=2, position="alibi", window=9),
         "none": dict(heads=2, head_dim=8, position="none"),
         "norm-bias": dict(heads=2, kv_heads=1, qk_norm="rms", bias="all"),
+        "gate": dict(heads=2, head_dim=12, gate="sigmoid"),
         "prefix": dict(heads=2, prefix=12),
         "bidirectional": dict(heads=2, direction="bidirectional"),
         "bidirectional-window": dict(heads=2, direction="bidirectional", window=8, position="alibi"),
@@ -148,6 +149,9 @@ class SoftmaxAttentionLayer(Mixer):
         self.pattern = spec.pattern
         self.qkv = linear(ctx.dim, (spec.heads + 2 * self.groups) * self.head, bias=spec.bias != "none")
         self.out = linear(spec.heads * self.head, ctx.dim, bias=spec.bias == "all", depth=ctx.depth)
+        self.g_proj = None
+        if spec.gate == "sigmoid":
+            self.g_proj = linear(ctx.dim, spec.heads * self.head, bias=spec.bias != "none")
         self.q_norm = RMSNorm(self.head, spec.norm_eps) if spec.qk_norm == "rms" else None
         self.k_norm = RMSNorm(self.head, spec.norm_eps) if spec.qk_norm == "rms" else None
         self.rope = None
@@ -170,7 +174,12 @@ class SoftmaxAttentionLayer(Mixer):
             y, new = self._append(q, k, v, at, cells)
         else:
             y, new = self._continue(q, k, v, at, cells, segments, info, donate)
-        return self.out(y.flatten(2)), new, {}
+        return self._out(y, x), new, {}
+
+    def _out(self, y: Tensor, x: Tensor) -> Tensor:
+        """The layer's output from what its heads have read, [B, T, H, K], and the layer's input."""
+        y = y.flatten(2)
+        return self.out(y if self.g_proj is None else y * self.g_proj(x).sigmoid())
 
     def _streams(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, K], k and v [B, T, G, K], normed and turned; positions None: not turned."""
@@ -192,13 +201,9 @@ class SoftmaxAttentionLayer(Mixer):
         return self.run(q, k, v, pattern=self.pattern, segments=segments, at=given, scale=self.spec.scale).y
 
     def run(self, *streams: Tensor, **options: Any) -> Any:
-        """The form in force. A distance bias over all pairs is T x T numbers a head to the fused form on the CPU, and
-        the blocks that make it as they go are faster from about a thousand tokens on."""
-        q = streams[0]
-        blocks = self.pattern.slopes is not None and self.spec.window is None and q.shape[1] >= LONG_BIAS
-        blocks = blocks and q.device.type == "cpu" and not torch.compiler.is_compiling()
+        """The form in force; unasked, the one that `softmax.preference` puts first for this call."""
         return run(self.spec.forms, *streams, name=self.spec.name(), layer_form=self.form,
-                   prefer=("chunked",) if blocks else self.spec.prefer, **options)
+                   prefer=softmax.preference(*streams, **options), **options)
 
     # -- the cache ----------------------------------------------------------------------------------------------
     def empty(self, batch: int, capacity: int | None, dtype: torch.dtype, device: Any) -> Cells:
@@ -377,7 +382,7 @@ class SoftmaxAttentionLayer(Mixer):
             keys = softmax.line(source.keys.shape[1], x.device)._replace(real=memory.real)
         y = self.run(q, source.keys.to(q.dtype), source.values.to(q.dtype), pattern=Pattern(order="dense"), keys=keys,
                      scale=self.spec.scale).y
-        return self.out(y.flatten(2))
+        return self._out(y, x)
 
 
 class Source(NamedTuple):

@@ -13,6 +13,7 @@ from seqloom.models.heads import TokenHead
 from seqloom.models.sequence import SequenceModelLayer
 
 IGNORE = -100
+MOST = 2**27  # scores that exist at a time, whatever the chunk
 
 
 class Loss(NamedTuple):
@@ -65,8 +66,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk:
     """Sum of -log softmax(hidden weight')[targets] in nats, over targets other than IGNORE, in float32 or wider.
 
     Shapes: hidden [N, D], weight [V, D], targets [N]. Gradients are made along with the loss, `chunk` rows at a time, so
-    that the [N, V] scores never exist. Under autocast the products are in its dtype, softmax and sums are not.
+    that the [N, V] scores never exist: two blocks of [chunk, V] do. Under autocast the products are in its dtype, softmax
+    and sums are not.
     """
+    chunk = max(min(chunk, MOST // weight.shape[0]), 1)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
@@ -92,14 +95,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 share = torch.softmax(scores, -1)
                 log_sum = scores.amax(-1, keepdim=True) - share.amax(-1, keepdim=True).log()
                 total += torch.where(keep, (log_sum - scores.gather(1, index))[:, 0], 0.0).sum()
+                del scores  # before the next block comes into being, as is `share` below
                 if wants_hidden or wants_weight:
                     # selections: what stands at a row that is not asked, NaN included, moves nothing
                     slope = share.scatter_add_(1, index, torch.full_like(log_sum, -1.0)).masked_fill_(~keep[:, None], 0.0)
-                    slope = slope.to(hidden.dtype)
+                    slope, share = slope.to(hidden.dtype), None
                     if wants_hidden:
                         dhidden[start : start + chunk] = slope @ table
                     if wants_weight:
-                        dweight += slope.T @ torch.where(keep[:, None], rows, 0.0)
+                        rows = torch.where(keep[:, None], rows, 0.0)
+                        dweight = torch.addmm(dweight, slope.T, rows, out=dweight) if rows.dtype == wide else dweight.add_(slope.T @ rows)
+                    del slope
         ctx.save_for_backward(dhidden, dweight)
         ctx.weight_dtype = weight.dtype
         return total

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from seqloom.core.segments import Segments
 from seqloom.core.state import Mixed
 from seqloom.kernels import short_conv
+from seqloom.parts.forms import run_part
 
 
 class ShortConv(nn.Module):
@@ -23,9 +24,8 @@ class ShortConv(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor, state: Tensor | None = None, segments: Segments | None = None) -> Mixed:
-        return short_conv.parallel(
-            x, weight=self.weight, bias=self.bias, state=state, segments=segments, activation=self.activation
-        )
+        return run_part(short_conv.FORMS, x, name="short_conv", weight=self.weight, bias=self.bias, state=state,
+                        segments=segments, activation=self.activation)
 
     def empty(self, batch: int, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
         dim, width = self.weight.shape

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqloom.core.marks import mark
+from seqloom.kernels import row_norm
+from seqloom.parts.forms import run_part
 
 
 class RMSNorm(nn.Module):
@@ -18,8 +19,7 @@ class RMSNorm(nn.Module):
         self.weight = mark(nn.Parameter(torch.ones(dim)), no_decay=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+        return run_part(row_norm.RMS_FORMS, x, self.weight, name="rms_norm", eps=self.eps)
 
 
 class GatedRMSNorm(RMSNorm):
@@ -30,13 +30,9 @@ class GatedRMSNorm(RMSNorm):
         self.gate_first = gate_first
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        if self.gate_first:
-            return super().forward(x * F.silu(gate))
-        return super().forward(x) * F.silu(gate)
+        return run_part(row_norm.RMS_FORMS, x, self.weight, gate, name="rms_norm", eps=self.eps, gate_first=self.gate_first)
 
 
 def l2_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(sum(x^2) + eps): a zero vector stays zero, with a finite gradient."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    x_wide = x.to(wide)
-    return (x_wide * torch.rsqrt(x_wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+    return run_part(row_norm.L2_FORMS, x, name="l2_norm", eps=eps)

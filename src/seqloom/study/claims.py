@@ -84,7 +84,7 @@ def run_claim(module: str, index: int, *, jobs: int = 1) -> ClaimResult:
             for result in run(trials):
                 calibration[result.job.arm][f"{result.job.lr:g}"] = result.scores["score"]
             lrs = {arm: max(claim.budget.lrs, key=lambda lr: calibration[arm][f"{lr:g}"]) for arm in claim.arms}
-        seeds = [SEED_STRIDE * i for i in range(claim.seeds)]
+        seeds = [claim.first_seed + SEED_STRIDE * i for i in range(claim.seeds)]
         work = [Job(module, index, arm, "task", lrs[arm], seed) for arm in claim.arms for seed in seeds]
         if claim.control is not None:
             rates = claim.budget.lrs if trained else claim.budget.lrs[:1]

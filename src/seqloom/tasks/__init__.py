@@ -1,30 +1,32 @@
-"""Tasks: data with a score."""
+"""Tasks: data with a score. Trained on are synthetic/ (generated), real/ and tools/; mechanism/ needs no training."""
 
 from seqloom.tasks.base import IGNORE, Batch, LabelTask, SeriesTask, Task, TokenTask
-from seqloom.tasks.copying import Copy, CopyRule, DistantCopy
-from seqloom.tasks.digits import DigitPatches
-from seqloom.tasks.growth import GrowthOfSums
-from seqloom.tasks.implicit import ImplicitOverwriteRecall, ImplicitRule
-from seqloom.tasks.lego import Lego
-from seqloom.tasks.longer import LongerCopy
-from seqloom.tasks.majority import InitialLoss, Majority
-from seqloom.tasks.matrix_classes import MatrixClass, MatrixFit
-from seqloom.tasks.mechanisms import MemoryRule, OverwriteRecall
-from seqloom.tasks.memory import ForgetHorizon, LongMemory
-from seqloom.tasks.needle import PassKey
-from seqloom.tasks.neighbours import TwoSidedNeighbours
-from seqloom.tasks.notes import CommonMode, DifferenceRead, FlaggedNotes
-from seqloom.tasks.pairs import LatestPairRecall, LongLocalRecall
-from seqloom.tasks.programs import EditDistance, LongestIncreasingSubsequence
-from seqloom.tasks.reads import MemoryJoin, SlotRead, SlotRecall, TwoMemoryRecall
-from seqloom.tasks.recall import JointRecall, MultiQueryRecall
-from seqloom.tasks.routed import Memories, RoutedRecall
-from seqloom.tasks.sensors import TextureSensor
-from seqloom.tasks.signals import Delay, DelayReadout, DigitPixels
-from seqloom.tasks.state_tracking import DyckPrefix, ModularCounting, Parity, WordProblem
-from seqloom.tasks.synthetic import InductionHeads, LatestValueRecall, SelectiveCopy, SingleWriteRecall
-from seqloom.tasks.text import TopicBytes
-from seqloom.tasks.tools import Addition, PointerMemory, SearchTool, ToolEnv, generate_trajectory, rollout
+from seqloom.tasks.mechanism.additive import CommonMode, DifferenceRead, Memories, RoutedRecall
+from seqloom.tasks.mechanism.delay import DelayReadout
+from seqloom.tasks.mechanism.growth import GrowthOfSums
+from seqloom.tasks.mechanism.implicit import ImplicitOverwriteRecall, ImplicitRule
+from seqloom.tasks.mechanism.matrices import MatrixClass, MatrixFit
+from seqloom.tasks.mechanism.overwriting import MemoryRule, OverwriteRecall
+from seqloom.tasks.mechanism.slots import MemoryJoin, SlotRead, SlotRecall, TwoMemoryRecall
+from seqloom.tasks.mechanism.untrained import ForgetHorizon, InitialLoss
+from seqloom.tasks.mechanism.weighing import CopyRule, DistantCopy
+from seqloom.tasks.real.digits import DigitPatches, DigitPixels
+from seqloom.tasks.real.text import TopicBytes
+from seqloom.tasks.synthetic.copying import Copy, LongerCopy, SelectiveCopy
+from seqloom.tasks.synthetic.facts import FlaggedNotes, LatestPairRecall, LongLocalRecall
+from seqloom.tasks.synthetic.lego import Lego
+from seqloom.tasks.synthetic.majority import Majority
+from seqloom.tasks.synthetic.needle import PassKey
+from seqloom.tasks.synthetic.neighbours import TwoSidedNeighbours
+from seqloom.tasks.synthetic.noise import InductionHeads, LongMemory
+from seqloom.tasks.synthetic.programs import EditDistance, LongestIncreasingSubsequence
+from seqloom.tasks.synthetic.recall import JointRecall, LatestValueRecall, MultiQueryRecall, SingleWriteRecall
+from seqloom.tasks.synthetic.sensors import TextureSensor
+from seqloom.tasks.synthetic.signals import Delay
+from seqloom.tasks.synthetic.state_tracking import DyckPrefix, ModularCounting, Parity, WordProblem
+from seqloom.tasks.tools.addition import Addition, rollout
+from seqloom.tasks.tools.agents import generate_trajectory
+from seqloom.tasks.tools.environments import PointerMemory, SearchTool, ToolEnv
 
 TASKS = {
     "recall": LatestValueRecall,

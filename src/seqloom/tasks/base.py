@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -50,10 +51,28 @@ class Task(Protocol):
         ...
 
 
+def at_each(task: Task, sizes: str, field: str, name: str) -> dict[str, Task]:
+    """The tests of a dataclass that lists more sizes: "score", itself, and `name` for each size in its field `sizes`.
+
+    at_each(task, "test_lengths", "length", "at_{}_tokens") -> {"score": .., "at_64_tokens": .. of length 64, ..}
+    """
+    bare: Any = replace(task, **{sizes: ()})  # type: ignore[type-var]
+    return {"score": bare, **{name.format(size): replace(bare, **{field: size}) for size in getattr(task, sizes)}}
+
+
 class _Classes:
     """A task whose answers are classes: cross entropy, and the share of asked positions answered right."""
 
     examples = 512  # rows of a test
+
+    @property
+    def classes(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def chance(self) -> float:
+        """The score of a guess. Here all classes are equally likely; a task where they are not says its own."""
+        return 1 / self.classes
 
     def tests(self) -> Mapping[str, Task]:
         return {"score": self}  # type: ignore[dict-item]
@@ -77,11 +96,11 @@ class _Classes:
 
 
 class TokenTask(_Classes):
-    """Ids in, a class per token out. A subclass (a frozen dataclass) gives `vocab`, `classes`, `chance` and `sample`."""
+    """Ids in, a class per token out. A subclass (a frozen dataclass) gives `vocab`, `classes` and `sample`."""
 
-    vocab: int
-    classes: int
-    chance: float
+    @property
+    def vocab(self) -> int:
+        raise NotImplementedError
 
     def wrap(self, stack: Stack) -> SequenceModel:
         # Claims train at rates up to 2e-2, and Adam's first steps would redraw a table of entries near 0.02 whole.
@@ -92,11 +111,15 @@ class TokenTask(_Classes):
 class LabelTask(_Classes):
     """One class per row, from values [B, T, C] (`channels`) or, where that is 0, ids below `vocab`."""
 
-    channels: int = 0
-    vocab: int = 0
-    classes: int
-    chance: float
     pool: str = "mean"
+
+    @property
+    def channels(self) -> int:
+        return 0
+
+    @property
+    def vocab(self) -> int:
+        return 0
 
     def wrap(self, stack: Stack) -> SequenceModel:
         stem = SeriesStem(channels=self.channels) if self.channels else TokenStem(vocab=self.vocab, std=1.0)
@@ -109,9 +132,15 @@ class SeriesTask:
     The score is the share of the targets' variance that is explained, 1 - MSE / variance: 0 for the best constant, 1 at best.
     """
 
-    channels: int
-    outputs: int
     examples = 128
+
+    @property
+    def channels(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def outputs(self) -> int:
+        raise NotImplementedError
 
     def wrap(self, stack: Stack) -> SequenceModel:
         return SequenceModel(stem=SeriesStem(channels=self.channels), stack=stack,

@@ -9,14 +9,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from seqloom.core import BadInput
-from seqloom.hub.foreign.layout import Config, Layout, Tensors, normalised, only
+from seqloom.hub.foreign.layout import Config, Layout, Names, model, normalised, only
 from seqloom.mixers import SoftmaxAttention
-from seqloom.models import Block, SequenceModel, Stack
-from seqloom.models.sequence import language_model
+from seqloom.models import Block, SequenceModel
 from seqloom.parts import SwiGLU
 from seqloom.parts.positions import LinearScaling, Llama3Scaling, YarnScaling
 
@@ -56,6 +52,13 @@ def yarn(found: Config, config: Config) -> YarnScaling:
     )
 
 
+def attention(config: Config) -> dict[str, Any]:
+    """The settings of `SoftmaxAttention` that say how many heads of which width there are."""
+    heads = config["num_attention_heads"]
+    return {"heads": heads, "kv_heads": config["num_key_value_heads"],
+            "head_dim": config.get("head_dim") or config["hidden_size"] // heads}
+
+
 def windows(config: Config) -> list[int | None]:
     """The window of each layer."""
     depth, window = config["num_hidden_layers"], config.get("sliding_window")
@@ -75,53 +78,30 @@ def spec_of(model_type: str, bias: str | None, qk_norm: str = "none") -> Any:
     def spec(config: Config) -> SequenceModel:
         config = normalised(config, model_type)
         only(config, model_type, hidden_act=("silu", "swish"), mlp_bias=(False, None))
-        biased = bias or ("all" if config.get("attention_bias") else "none")
-        eps, turn = config["rms_norm_eps"], rope(config)
-        blocks = tuple(
-            Block(
-                mixer=SoftmaxAttention(
-                    heads=config["num_attention_heads"], kv_heads=config["num_key_value_heads"],
-                    head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-                    window=window, bias=biased, qk_norm=qk_norm, norm_eps=eps, **turn,
-                ),
-                mlp=SwiGLU(hidden=config["intermediate_size"]), norm_eps=eps,
-            )
-            for window in windows(config)
-        )
-        stack = Stack(dim=config["hidden_size"], blocks=blocks, norm_eps=eps)
-        return language_model(vocab=config["vocab_size"], stack=stack, tie=bool(config["tie_word_embeddings"]))
+        biased, eps = bias or ("all" if config.get("attention_bias") else "none"), config["rms_norm_eps"]
+        settings = dict(attention(config), bias=biased, qk_norm=qk_norm, norm_eps=eps, **rope(config))
+        mlp = SwiGLU(hidden=config["intermediate_size"])
+        mixers = (SoftmaxAttention(window=window, **settings) for window in windows(config))
+        return model(config, (Block(mixer=mixer, mlp=mlp, norm_eps=eps) for mixer in mixers), eps)
 
     return spec
 
 
-def tensors(source: Tensors, spec: SequenceModel) -> dict[str, Tensor]:
-    source.drop("rotary_emb.inv_freq")
-    found = {"stem.weight": source.take("model.embed_tokens.weight"), "stack.norm.weight": source.take("model.norm.weight")}
-    if not spec.head.tie:
-        found["head.weight"] = source.take("lm_head.weight")
-    source.drop("lm_head.weight")
-    for i, block in enumerate(spec.stack.blocks):
-        ours, theirs = f"stack.blocks.{i}", f"model.layers.{i}"
-        for kind in ("weight", "bias"):
-            if kind == "weight" or block.mixer.bias != "none":
-                parts = [source.take(f"{theirs}.self_attn.{name}_proj.{kind}") for name in "qkv"]
-                found[f"{ours}.mixer.qkv.{kind}"] = torch.cat(parts)
-            if kind == "weight" or block.mixer.bias == "all":
-                found[f"{ours}.mixer.out.{kind}"] = source.take(f"{theirs}.self_attn.o_proj.{kind}")
-        if block.mixer.qk_norm == "rms":
-            for name in ("q_norm", "k_norm"):
-                found[f"{ours}.mixer.{name}.weight"] = source.take(f"{theirs}.self_attn.{name}.weight")
-        gate_up = [source.take(f"{theirs}.mlp.{name}_proj.weight") for name in ("gate", "up")]
-        found[f"{ours}.mlp.gate_up.weight"] = torch.cat(gate_up)
-        found[f"{ours}.mlp.down.weight"] = source.take(f"{theirs}.mlp.down_proj.weight")
-        found[f"{ours}.mixer_norm.weight"] = source.take(f"{theirs}.input_layernorm.weight")
-        found[f"{ours}.mlp_norm.weight"] = source.take(f"{theirs}.post_attention_layernorm.weight")
-    return found
-
+# ours -> theirs, in transformers' decoders of this kind
+ATTENTION = {
+    "mixer.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "mixer.out": "self_attn.o_proj",
+    "mixer.q_norm": "self_attn.q_norm", "mixer.k_norm": "self_attn.k_norm",
+}
+TOP = {"stem": "model.embed_tokens", "stack.norm": "model.norm", "head": "lm_head"}
+BLOCK = {
+    "mixer_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+    "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"), "mlp.down": "mlp.down_proj",
+}
+NAMES = Names(top=TOP, layer="model.layers.{}", block=BLOCK, mixers={"softmax": ATTENTION}, ignored=("rotary_emb.inv_freq",))
 
 LAYOUTS = {
-    "llama": Layout(spec_of("llama", None), tensors),
-    "mistral": Layout(spec_of("mistral", "none"), tensors),
-    "qwen2": Layout(spec_of("qwen2", "qkv"), tensors),
-    "qwen3": Layout(spec_of("qwen3", None, "rms"), tensors),
+    "llama": Layout(spec_of("llama", None), NAMES),
+    "mistral": Layout(spec_of("mistral", "none"), NAMES),
+    "qwen2": Layout(spec_of("qwen2", "qkv"), NAMES),
+    "qwen3": Layout(spec_of("qwen3", None, "rms"), NAMES),
 }

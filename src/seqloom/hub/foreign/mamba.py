@@ -1,4 +1,4 @@
-"""Mamba and Mamba-2 checkpoints: transformers' layout, and that of the original state-spaces repository.
+"""Mamba, Mamba-2 and Falcon-Mamba checkpoints: transformers' layout, and that of the original state-spaces repository.
 
 x + mixer(RMSNorm x), without channel mixers. The mixers' parameters have the same names here, but the convolution's weight
 is [D, W] and there [D, 1, W]. A residual stream kept in float32 under half-precision weights has no counterpart.
@@ -10,35 +10,46 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from seqloom.core import BadInput, BuildContext
-from seqloom.hub.foreign.layout import Config, Layout, Tensors, normalised, only
+from seqloom.core import BadInput
+from seqloom.hub.foreign.layout import Config, Layout, Made, Names, model, normalised, ones, only
 from seqloom.mixers import Mamba, Mamba2
-from seqloom.models import Block, SequenceModel, Stack
-from seqloom.models.sequence import language_model
+from seqloom.models import Block, SequenceModel
 
 
 def _model(config: Config, mixer: Any, eps: float) -> SequenceModel:
-    blocks = (Block(mixer=mixer, mlp=None, norm_eps=eps),) * config["num_hidden_layers"]
-    stack = Stack(dim=config["hidden_size"], blocks=blocks, norm_eps=eps)
-    return language_model(vocab=config["vocab_size"], stack=stack, tie=bool(config["tie_word_embeddings"]))
+    return model(config, (Block(mixer=mixer, mlp=None, norm_eps=eps),) * config["num_hidden_layers"], eps)
+
+
+def _normalised(config: Config, model_type: str) -> Config:
+    """As transformers reads it; flash-linear-attention writes the same kinds of files with other names of two settings."""
+    for theirs, name in (("norm_eps", "layer_norm_epsilon"), ("dt_limit", "time_step_limit")):
+        if theirs in config:
+            config = {name: config[theirs], **config}
+    config = normalised(config, model_type)
+    only(config, model_type, hidden_act=("silu", "swish"), rmsnorm=(True,), norm_before_gate=(False,), D_has_hdim=(False,))
+    return config
+
+
+def _mixer(config: Config, **settings: Any) -> Mamba:
+    return Mamba(
+        state=config["state_size"], expand=config["expand"], conv=config["conv_kernel"], dt_rank=config["time_step_rank"],
+        conv_bias=config["use_conv_bias"], bias=config["use_bias"], **settings,
+    )
 
 
 def mamba_spec(config: Config) -> SequenceModel:
-    config = normalised(config, "mamba")
-    only(config, "mamba", hidden_act=("silu", "swish"))
-    mixer = Mamba(
-        state=config["state_size"], expand=config["expand"], conv=config["conv_kernel"], dt_rank=config["time_step_rank"],
-        conv_bias=config["use_conv_bias"], bias=config["use_bias"],
-    )
+    config = _normalised(config, "mamba")
+    return _model(config, _mixer(config), config["layer_norm_epsilon"])
+
+
+def falcon_spec(config: Config) -> SequenceModel:
+    config = _normalised(config, "falcon_mamba")
+    mixer = _mixer(config, inner_norm="rms", norm_eps=config["mixer_rms_eps"])
     return _model(config, mixer, config["layer_norm_epsilon"])
 
 
 def mamba2_spec(config: Config) -> SequenceModel:
-    config = normalised(config, "mamba2")
-    only(config, "mamba2", hidden_act=("silu", "swish"))
+    config = _normalised(config, "mamba2")
     low, high = config["time_step_limit"]
     mixer = Mamba2(
         state=config["state_size"], head_dim=config["head_dim"], expand=config["expand"], groups=config["n_groups"],
@@ -80,38 +91,21 @@ def original_spec(config: Config) -> SequenceModel:
     return _model(plain, (Mamba if layer == "Mamba1" else Mamba2)(**settings), 1e-5)
 
 
-def _reader(embedding: str) -> Any:
-    def tensors(source: Tensors, spec: SequenceModel) -> dict[str, Tensor]:
-        name = embedding if f"backbone.{embedding}.weight" in source else "embedding"  # either spelling is in use
-        found = {
-            "stem.weight": source.take(f"backbone.{name}.weight"), "stack.norm.weight": source.take("backbone.norm_f.weight"),
-        }
-        if not spec.head.tie:
-            found["head.weight"] = source.take("lm_head.weight")
-        source.drop("lm_head.weight")
-        inside = _names(spec)
-        for i in range(len(spec.stack.blocks)):
-            ours, theirs = f"stack.blocks.{i}", f"backbone.layers.{i}"
-            found[f"{ours}.mixer_norm.weight"] = source.take(f"{theirs}.norm.weight")
-            for name in inside:
-                tensor = source.take(f"{theirs}.mixer.{name}")
-                found[f"{ours}.mixer.{name}"] = tensor.squeeze(1) if name == "conv1d.weight" else tensor
-        return found
-
-    return tensors
-
-
-def _names(spec: SequenceModel) -> list[str]:
-    """Names of a block's mixer's parameters."""
-    with torch.device("meta"):
-        layer = spec.stack.blocks[0].mixer.build(BuildContext(dim=spec.stack.dim))
-    return [name for name, _ in layer.named_parameters()]
-
-
 def is_original(config: Mapping[str, Any]) -> bool:
     """Whether a config.json without a model_type is one of the state-spaces repository."""
     return "model_type" not in config and {"d_model", "n_layer", "vocab_size"} <= config.keys()
 
 
-LAYOUTS = {"mamba": Layout(mamba_spec, _reader("embeddings")), "mamba2": Layout(mamba2_spec, _reader("embeddings"))}
-ORIGINAL = Layout(original_spec, _reader("embedding"))
+NAMES = Names(
+    top={"stem": ["backbone.embeddings", "backbone.embedding"], "stack.norm": "backbone.norm_f", "head": "lm_head"},
+    layer="backbone.layers.{}", block={"mixer_norm": "norm"}, mixers={key: {"mixer": "mixer"} for key in ("mamba", "mamba2")},
+)
+# Falcon-Mamba's norms inside the mixer have no weights
+FALCON = {"mixer": "mixer", **{f"mixer.{name}_layernorm": Made((), ones) for name in ("dt", "b", "c")}}
+
+LAYOUTS = {
+    "mamba": Layout(mamba_spec, NAMES, "transformers, flash-linear-attention"),
+    "mamba2": Layout(mamba2_spec, NAMES, "transformers, flash-linear-attention"),
+    "falcon_mamba": Layout(falcon_spec, NAMES._replace(mixers={"mamba": FALCON})),
+}
+ORIGINAL = Layout(original_spec, NAMES, "state-spaces")

@@ -1,21 +1,28 @@
 """Matrix-state scan with decay on a GPU: S_t = diag(a_t) S_{t-1} + k_t v_t', y_t = S_t' q_t, by chunks of C tokens.
 
-Four passes. `_prepare`, all chunks side by side: the weights of each chunk's pairs, and queries and keys with the decays since
-the chunk's start and until its end. `_forward`, one program per head and block of values: walks through the chunks with S in
-float32 registers, writing outputs and the state that enters each chunk. Backward: `_adjoint`, the same walk from the end, then
-`_values` and `_gradient`, all chunks side by side. What a chunk's gradient needs is exact within the chunk: no sum runs over
-the whole sequence, where it would lose what a strong decay leaves.
+`_prepare`, all chunks side by side: the weights of each chunk's pairs, and queries and keys with the decays since the
+chunk's start and until its end. `_forward`, one program per head and block of values: walks through the chunks with S in
+float32 registers, writing outputs and the state that enters each chunk. Backward: `_walk`, the same from the end, then
+`_apply` and the gradients, all chunks side by side. What a chunk's gradient needs is exact within the chunk: no sum runs over
+the whole sequence, where it would lose what a strong decay leaves. Where rows are too few to fill a card, a walk is cut in
+parts: each is walked from nothing first, for its last state alone, and then from what the parts before it add up to.
 
 Inside a chunk, with r_i the count of boundaries and L_i the sum of log decays since the later of the chunk's start and
 token i's own boundary: pairs weigh exp(L_i - L_j) where r_i = r_j, the entering state is read where r_i is the count before
 the chunk, writes leave where r_j is the last.
 
-A decay per channel does not factor out of a product of queries and keys: exp(L_i) and exp(-L_j) are moved into them as long
-as no L falls below -RANGE, where exp(-L) would overflow; a chunk that decays more is computed pair by pair, exactly.
+A decay per channel does not factor out of a product of queries and keys: exp(L_i - c) and exp(c - L_j) are moved into them,
+c half the lowest L, as long as no L falls below -RANGE, where they would overflow. Chunks that decay more in one of a block of
+channels go through that block pair by pair, by products of decays.
+
+Decays on the value axis are the same sums with the roles exchanged: sum_ij dy_i' M_ij v_j is sum_ij (q_i' k_j) (dy_i' W_ij v_j)
+on either axis, so that with queries dy, keys v, values k and outputs' gradients q, what is y on one axis is the gradient of q
+on the other, and the gradient of v that of k. The state is then kept transposed: the axis that decays first.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +30,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-RANGE = tl.constexpr(80.0)
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # it multiplies bfloat16 as integers
+LOWEST = tl.constexpr(-104.0)  # of a log decay: exp is 0 in float32 below, and sums of 64 of them keep 3 digits
 STATE = 8192  # elements of the state that one walk carries, at most
-FILL = 64     # walks that keep a card busy, at least: smaller blocks of values make more of them
+FILL = 128    # walks that keep a card busy: with fewer rows T is cut in parts
+LEAST = 8     # chunks of a part, at least
+MANY = 64     # blocks of channels that a program for steep ones looks at
+WIDEST = 256  # channels of the axis that a walk holds whole, at most: more are given as more heads
 
 
 class Tile(NamedTuple):
@@ -40,16 +51,17 @@ class Tile(NamedTuple):
 class Config(NamedTuple):
     prepare: Tile
     forward: Tile
-    adjoint: Tile
-    values: Tile
+    walk: Tile
+    apply: Tile
     gradient: Tile
 
 
-# by gate: 0 and 1 for no decay or one per head (whose gradient needs all keys), 2 for one per channel. Measured on an H100
+# by gate: 0 and 1 for no decay or one per head (whose gradient needs all keys), 2 for one per channel, where `prepare` and
+# `gradient` share blocks of keys. Measured on an H100
 CONFIGS = {
-    0: Config(Tile(0, 0, 4, 1), Tile(0, 64, 4, 2), Tile(0, 64, 4, 3), Tile(0, 64, 4, 1), Tile(0, 64, 8, 1)),
-    1: Config(Tile(0, 0, 4, 1), Tile(0, 64, 4, 2), Tile(0, 64, 4, 3), Tile(0, 64, 4, 1), Tile(0, 64, 8, 1)),
-    2: Config(Tile(0, 0, 8, 1), Tile(0, 64, 4, 3), Tile(0, 64, 4, 3), Tile(0, 64, 4, 1), Tile(32, 64, 4, 2)),
+    0: Config(Tile(128, 0, 4, 1), Tile(0, 64, 4, 2), Tile(0, 64, 4, 3), Tile(0, 64, 4, 1), Tile(0, 64, 8, 1)),
+    1: Config(Tile(128, 0, 4, 1), Tile(0, 64, 4, 2), Tile(0, 64, 4, 3), Tile(0, 64, 4, 1), Tile(0, 64, 8, 1)),
+    2: Config(Tile(32, 0, 4, 1), Tile(0, 64, 4, 3), Tile(0, 64, 4, 3), Tile(0, 64, 4, 1), Tile(32, 64, 4, 3)),
 }
 
 
@@ -59,23 +71,41 @@ def _cast(x, like_ptr):
 
 
 @triton.jit
+def _factor(x, like_ptr):
+    """x as one factor of a product: exp(c) of a chunk's decay fits bfloat16 and float32, not float16."""
+    if like_ptr.dtype.element_ty == tl.float16:
+        return x.to(tl.float32)
+    return x.to(like_ptr.dtype.element_ty)
+
+
+@triton.jit
 def _dot(a, b, PRECISION: tl.constexpr):
     return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
-def _add(first1, x1, first2, x2):
-    return first1 | first2, tl.where(first2 != 0, x2, x1 + x2)
+def _top(x):
+    """The 11 leading bits of float32, which tf32 keeps."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _sums(x, starts, SEG: tl.constexpr, REVERSE: tl.constexpr):
-    """Running sums of x [C, K] over the tokens of each run; with REVERSE from the end, where `starts` marks last tokens."""
-    if SEG:
-        flags = tl.broadcast_to(starts.to(tl.int32)[:, None], x.shape)
-        _, total = tl.associative_scan((flags, x), 0, _add, reverse=REVERSE)
-        return total
-    return tl.cumsum(x, 0, reverse=REVERSE)
+def _total(pair, x, EXACT: tl.constexpr, PIECES: tl.constexpr):
+    """Sums of x [C, K] over the pairs [C, C] of each row. A factor of ones is exact, so that pieces of x lose nothing: three of
+    tf32 with EXACT, else PIECES of bfloat16, 8 bits each."""
+    if EXACT or INTERPRETED:
+        ones, high = pair.to(tl.float32), _top(x)
+        middle = _top(x - high)
+        total = tl.dot(ones, x - high - middle, input_precision="tf32")
+        total = tl.dot(ones, middle, total, input_precision="tf32")
+        return tl.dot(ones, high, total, input_precision="tf32")
+    ones, high = pair.to(tl.bfloat16), x.to(tl.bfloat16)
+    x -= high.to(tl.float32)
+    middle = x.to(tl.bfloat16)
+    total = tl.dot(ones, middle)
+    if PIECES == 3:
+        total = tl.dot(ones, (x - middle.to(tl.float32)).to(tl.bfloat16), total)
+    return tl.dot(ones, high, total)
 
 
 @triton.jit
@@ -99,12 +129,13 @@ def _place(code_ptr, b, n, T, SEG: tl.constexpr, C: tl.constexpr):
     t = n * C + tl.arange(0, C)
     inside = t < T
     if SEG:
-        code = tl.load(code_ptr + b * T + t, mask=inside, other=0)
-        before = tl.load(code_ptr + b * T + n * C - 1, mask=n > 0, other=0) >> 1
-        last = tl.load(code_ptr + b * T + tl.minimum(n * C + C, T) - 1) >> 1
+        code_ptr += b.to(tl.int64) * T
+        code = tl.load(code_ptr + t, mask=inside, other=0)
+        before = tl.load(code_ptr + n * C - 1, mask=n > 0, other=0) >> 1
+        last = tl.load(code_ptr + tl.minimum(n * C + C, T) - 1) >> 1
         run = tl.where(inside, code >> 1, last)
         real = inside & ((code & 1) == 1)
-        previous = tl.load(code_ptr + b * T + t - 1, mask=inside & (t > 0), other=0) >> 1
+        previous = tl.load(code_ptr + t - 1, mask=inside & (t > 0), other=0) >> 1
         first = inside & (run != previous)
     else:
         real = inside
@@ -133,8 +164,7 @@ def _weights(x, L, pair, C: tl.constexpr, EXACT: tl.constexpr):
     """
     if EXACT:
         i = tl.arange(0, C)
-        between = tl.dot((i[:, None] >= i[None, :]).to(tl.float32), tl.where(i[:, None] > i[None, :], x[:, None], 0.0),
-                         input_precision="tf32x3")
+        between = _total(i[:, None] >= i[None, :], tl.where(i[:, None] > i[None, :], x[:, None], 0.0), True, 3)
     else:
         between = L[:, None] - L[None, :]
     return tl.exp(tl.where(pair, between, float("-inf")))
@@ -143,71 +173,108 @@ def _weights(x, L, pair, C: tl.constexpr, EXACT: tl.constexpr):
 @triton.jit
 def _gate(log_a_ptr, token, h, H, live, pair):
     """Log decays of a head [C], 0 where they reach no pair, and L [C]."""
-    x = tl.load(log_a_ptr + token * H + h, mask=live, other=0.0).to(tl.float32)
+    x = tl.load(log_a_ptr + token.to(tl.int64) * H + h, mask=live, other=0.0).to(tl.float32)
+    x = tl.maximum(x, LOWEST)
     return x, tl.sum(tl.where(pair, x[None, :], 0.0), 1)
 
 
 @triton.jit
-def _last(L, C: tl.constexpr):
-    """The last row of L [C, K]."""
-    return tl.sum(tl.where((tl.arange(0, C) == C - 1)[:, None], L, 0.0), 0)
+def _gates(x, run, C: tl.constexpr, EXACT: tl.constexpr):
+    """From log decays x [C, K] of a block of channels, 0 where they reach no pair: x in float32, L, and the sums from each
+    token, not counting its own, to the chunk's end (of use in the last run only)."""
+    x = tl.maximum(x.to(tl.float32), LOWEST)
+    L = _total(_pairs(run, C, True), x, EXACT, 3)
+    i = tl.arange(0, C)
+    if EXACT:
+        rest = _total(i[:, None] < i[None, :], x, True, 3)
+    else:
+        rest = tl.minimum(_row(L, C - 1, i)[None, :] - L, 0.0)
+    return x, L, rest
 
 
 @triton.jit
-def _key(k, L, j, i, run):
-    """Row j of the keys and the decays [C, K] from it to each later token of its run."""
-    pick = (i == j)[:, None]
-    key, L_j = tl.sum(tl.where(pick, k, 0.0), 0), tl.sum(tl.where(pick, L, 0.0), 0)
-    alive = (i > j) & (run == tl.sum(tl.where(i == j, run, 0), 0))
-    return key, tl.exp(tl.where(alive[:, None], L - L_j[None, :], float("-inf")))
+def _row(x, j, i):
+    """Row j of x [C, K]."""
+    return tl.sum(tl.where((i == j)[:, None], x, 0.0), 0)
+
+
+@triton.jit
+def _stretch(weight, a, j, i, run):
+    """The decays [C, K] from token j to each later one of its run, from those from token j + 1: products, that lose no digits
+    however strong."""
+    weight = tl.where((i == j + 1)[:, None], 1.0, weight) * _row(a, j + 1, i)[None, :]
+    return tl.where((run == tl.sum(tl.where(i == j, run, 0), 0))[:, None], weight, 0.0)
 
 
 @triton.jit
 def _prepare_kernel(q_ptr, k_ptr, log_a_ptr, code_ptr, scores_ptr, late_ptr, early_ptr, whole_ptr, steep_ptr, T, H, G,
-                    K, N, GATE: tl.constexpr, SEG: tl.constexpr, DIAGONAL: tl.constexpr, EXACT: tl.constexpr, C: tl.constexpr,
-                    BK: tl.constexpr, PRECISION: tl.constexpr):
+                    K, N, GATE: tl.constexpr, SEG: tl.constexpr, DIAGONAL: tl.constexpr, READ: tl.constexpr,
+                    EXACT: tl.constexpr, RANGE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr,
+                    PRECISION: tl.constexpr):
     """Scores [B, N, H, C, C], and what decays are made into.
 
     With one per channel: late = q exp(L), early = k exp(L_end - L) [B, T, H, K], the decay of the whole chunk [B, N, H, K],
-    and steep [B, N, H], was the chunk computed pair by pair? With one per head: exp(L), exp(L_end - L) [B, T, H], whole
-    [B, N, H].
+    and steep [B, N, H, blocks], was the block of channels computed pair by pair? Without READ there is no q, and neither late
+    nor scores. With one per head: exp(L), exp(L_end - L) [B, T, H], whole [B, N, H].
     """
     n, bh = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
-    i, d = tl.arange(0, C), tl.arange(0, BK)
+    i = tl.arange(0, C)
     inside, real, run, before, last, first = _place(code_ptr, b, n, T, SEG, C)
     token, g = b * T + n * C + i, h // (H // G)
     chunk = ((b * N + n) * H + h).to(tl.int64)
     reads, leaves = run == before, run == last
-    q = _rows(q_ptr + g * K, token, G * K, d, real, K)
-    k = _rows(k_ptr + g * K, token, G * K, d, real, K)
+    scores = tl.zeros([C, C], tl.float32)
     if GATE == 2:
-        x = _rows(log_a_ptr + h * K, token, H * K, d, real & (first == 0), K).to(tl.float32)
-        L = _sums(x, first, SEG, False)
-        end = _last(L, C)
-        q32, k32 = q.to(tl.float32), k.to(tl.float32)
-        late = q32 * tl.exp(L)
         pair = _pairs(run, C, False)
-        steep = tl.min(tl.min(L, 1), 0) <= -RANGE
-        tl.store(steep_ptr + chunk, steep.to(tl.int8))
-        if steep == 0:
-            grown = k32 * tl.exp(-L)
-            scores = tl.where(pair, _dot(_cast(late, q_ptr), tl.trans(_cast(grown, k_ptr)), PRECISION), 0.0)
-        else:
-            scores = tl.zeros([C, C], tl.float32)
-            for j in range(C):
-                key, weight = _key(k32, L, j, i, run)
-                column = tl.sum(q32 * key[None, :] * weight, 1)
-                scores = tl.where((i == j)[None, :], column[:, None], scores)
+        own = tl.zeros([C], tl.float32)
+        d = tl.arange(0, BK)
+        live = real & (first == 0)
+        next_k = _rows(k_ptr + g * K, token, G * K, d, real, K)
+        next_x = _rows(log_a_ptr + h * K, token, H * K, d, live, K)
+        if READ:
+            next_q = _rows(q_ptr + g * K, token, G * K, d, real, K)
+        for block in range(BLOCKS):
+            k, x = next_k.to(tl.float32), next_x
+            if READ:
+                q = next_q.to(tl.float32)
+                next_q = _rows(q_ptr + g * K, token, G * K, d + BK, real, K)  # asked for ahead; past the last block, nothing
+            next_k = _rows(k_ptr + g * K, token, G * K, d + BK, real, K)
+            next_x = _rows(log_a_ptr + h * K, token, H * K, d + BK, live, K)
+            x, L, rest = _gates(x, run, C, EXACT)
+            lowest = tl.min(L, 0)
+            steep = tl.min(lowest, 0) <= -RANGE
+            tl.store(steep_ptr + chunk * BLOCKS + block, steep.to(tl.int8))
+            early = tl.where(leaves[:, None], k * tl.exp(rest), 0.0)
+            _store_rows(early_ptr + h * K, token, H * K, d, inside, K, early)
+            end = tl.where(last == before, tl.exp(_row(L, C - 1, i)), 0.0)
+            tl.store(whole_ptr + chunk * K + d, end, mask=d < K)
+            if READ:
+                _store_rows(late_ptr + h * K, token, H * K, d, inside, K, tl.where(reads[:, None], q * tl.exp(L), 0.0))
+                if DIAGONAL:
+                    own += tl.sum(q * k, 1)
+                if steep == 0:
+                    c = 0.5 * lowest[None, :]
+                    fallen, grown = _factor(q * tl.exp(L - c), q_ptr), _factor(k * tl.exp(c - L), k_ptr)
+                    scores += _dot(fallen, tl.trans(grown), PRECISION)
+                else:
+                    a, weight = tl.exp(x), tl.zeros([C, BK], tl.float32)
+                    for back in range(C):
+                        j = C - 1 - back
+                        weight = _stretch(weight, a, j, i, run)
+                        column = tl.sum(q * _row(k, j, i)[None, :] * weight, 1)
+                        scores += tl.where((i == j)[None, :], column[:, None], 0.0)
+            d += BK
+        scores = tl.where(pair, scores, 0.0)
         if DIAGONAL:
-            scores = tl.where(i[:, None] == i[None, :], tl.sum(q32 * k32, 1)[:, None], scores)
-        _store_rows(late_ptr + h * K, token, H * K, d, inside, K, tl.where(reads[:, None], late, 0.0))
-        early = tl.where(leaves[:, None], k32 * tl.exp(tl.minimum(end[None, :] - L, 0.0)), 0.0)
-        _store_rows(early_ptr + h * K, token, H * K, d, inside, K, early)
-        tl.store(whole_ptr + chunk * K + d, tl.where(last == before, tl.exp(end), 0.0), mask=d < K)
+            scores = tl.where(i[:, None] == i[None, :], own[:, None], scores)
     else:
+        for block in range(BLOCKS):
+            d = block * BK + tl.arange(0, BK)
+            q = _rows(q_ptr + g * K, token, G * K, d, real, K)
+            k = _rows(k_ptr + g * K, token, G * K, d, real, K)
+            scores += _dot(q, tl.trans(k), PRECISION)
         pair = _pairs(run, C, DIAGONAL)
-        scores = _dot(q, tl.trans(k), PRECISION)
         if GATE == 1:
             x, L = _gate(log_a_ptr, token, h, H, real & (first == 0), _pairs(run, C, True))
             end = tl.sum(tl.where(i == C - 1, L, 0.0), 0)
@@ -216,12 +283,13 @@ def _prepare_kernel(q_ptr, k_ptr, log_a_ptr, code_ptr, scores_ptr, late_ptr, ear
                 rest = tl.sum(tl.where(_pairs(run, C, False), x[:, None], 0.0), 0)
             else:
                 rest = tl.minimum(end - L, 0.0)
-            tl.store(late_ptr + token * H + h, tl.where(reads, tl.exp(L), 0.0), mask=inside)
-            tl.store(early_ptr + token * H + h, tl.where(leaves, tl.exp(rest), 0.0), mask=inside)
+            tl.store(late_ptr + token.to(tl.int64) * H + h, tl.where(reads, tl.exp(L), 0.0), mask=inside)
+            tl.store(early_ptr + token.to(tl.int64) * H + h, tl.where(leaves, tl.exp(rest), 0.0), mask=inside)
             tl.store(whole_ptr + chunk, tl.where(last == before, tl.exp(end), 0.0))
         else:
             scores = tl.where(pair, scores, 0.0)
-    _store_square(scores_ptr, chunk, i, C, scores)
+    if READ:
+        _store_square(scores_ptr, chunk, i, C, scores)
 
 
 @triton.jit
@@ -238,8 +306,8 @@ def _load_square(ptr, chunk, i, C: tl.constexpr):
 def _scales(late_ptr, early_ptr, whole_ptr, token, h, H, chunk, inside, run, before, last, GATE: tl.constexpr):
     """since [C] and until [C] of a head, and the decay of the whole chunk."""
     if GATE == 1:
-        since = tl.load(late_ptr + token * H + h, mask=inside, other=0.0)
-        until = tl.load(early_ptr + token * H + h, mask=inside, other=0.0)
+        since = tl.load(late_ptr + token.to(tl.int64) * H + h, mask=inside, other=0.0)
+        until = tl.load(early_ptr + token.to(tl.int64) * H + h, mask=inside, other=0.0)
         whole = tl.load(whole_ptr + chunk)
     else:
         since, until = (run == before).to(tl.float32), (run == last).to(tl.float32)
@@ -248,18 +316,29 @@ def _scales(late_ptr, early_ptr, whole_ptr, token, h, H, chunk, inside, run, bef
 
 
 @triton.jit
-def _forward_kernel(q_ptr, k_ptr, v_ptr, late_ptr, early_ptr, whole_ptr, code_ptr, scores_ptr, start_ptr, y_ptr, states_ptr,
-                    last_ptr, T, H, G, K, V, N, GATE: tl.constexpr, SEG: tl.constexpr, SAVE: tl.constexpr, C: tl.constexpr,
-                    BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):
-    """y, the last state, and with SAVE the state that enters each chunk [B, N, H, K, V]."""
-    bh = tl.program_id(1)
+def _enter(start_ptr, ends_ptr, decays_ptr, bh, part, parts, box, fits, d, K, V):
+    """The state [K, V] before a part of the walk, from the start and what each part before it adds and leaves."""
+    S = tl.load(start_ptr + bh.to(tl.int64) * K * V + box, mask=fits, other=0.0)
+    for p in range(part):
+        site = bh.to(tl.int64) * parts + p
+        decay = tl.load(decays_ptr + site * K + d, mask=d < K, other=0.0)
+        S = S * decay[:, None] + tl.load(ends_ptr + site * K * V + box, mask=fits, other=0.0)
+    return S
+
+
+@triton.jit
+def _forward_kernel(q_ptr, k_ptr, v_ptr, late_ptr, early_ptr, whole_ptr, code_ptr, scores_ptr, start_ptr, ends_ptr, decays_ptr,
+                    y_ptr, states_ptr, last_ptr, T, H, G, K, V, N, PART, GATE: tl.constexpr, SEG: tl.constexpr,
+                    SAVE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):
+    """y, the last state, and with SAVE the state that enters each chunk [B, N, H, K, V]. A part is PART chunks."""
+    bh, part = tl.program_id(1), tl.program_id(2)
     b, h = bh // H, bh % H
     g = h // (H // G)
     i, d, e = tl.arange(0, C), tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV)
     box = d[:, None] * V + e[None, :]
     fits = (d < K)[:, None] & (e < V)[None, :]
-    S = tl.load(start_ptr + bh.to(tl.int64) * K * V + box, mask=fits, other=0.0)
-    for n in range(N):
+    S = _enter(start_ptr, ends_ptr, decays_ptr, bh, part, tl.num_programs(2), box, fits, d, K, V)
+    for n in range(part * PART, tl.minimum((part + 1) * PART, N)):
         inside, real, run, before, last, first = _place(code_ptr, b, n, T, SEG, C)
         token = b * T + n * C + i
         chunk = ((b * N + n) * H + h).to(tl.int64)
@@ -281,86 +360,230 @@ def _forward_kernel(q_ptr, k_ptr, v_ptr, late_ptr, early_ptr, whole_ptr, code_pt
             y += _dot(q, _cast(S, v_ptr), PRECISION) * since[:, None]
             S = S * whole + _dot(tl.trans(k), _cast(v.to(tl.float32) * until[:, None], v_ptr), PRECISION)
         _store_rows(y_ptr + h * V, token, H * V, e, inside, V, y)
-    tl.store(last_ptr + bh.to(tl.int64) * K * V + box, S, mask=fits)
+    if part == tl.num_programs(2) - 1:
+        tl.store(last_ptr + bh.to(tl.int64) * K * V + box, S, mask=fits)
 
 
 @triton.jit
-def _adjoint_kernel(q_ptr, dy_ptr, late_ptr, early_ptr, whole_ptr, code_ptr, dlast_ptr, adjoints_ptr, dstart_ptr, T, H, G, K,
-                    V, N, GATE: tl.constexpr, SEG: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                    PRECISION: tl.constexpr):
-    """The adjoint of the state that leaves each chunk [B, N, H, K, V], and of the one before the first."""
-    bh = tl.program_id(1)
+def _walk_kernel(left_ptr, right_ptr, late_ptr, early_ptr, whole_ptr, code_ptr, start_ptr, ends_ptr, decays_ptr, states_ptr,
+                 last_ptr, T, H, G, K, V, N, PART, GATE: tl.constexpr, SEG: tl.constexpr, REVERSE: tl.constexpr,
+                 ENDS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):
+    """The state before each chunk [B, N, H, K, V] and the last, no outputs: left [B, T, G, K] is written against right
+    [B, T, H, V]. With REVERSE from the end: the adjoint of the state that leaves each chunk, and of the one before the first.
+
+    With ENDS, from nothing, only what each part but the last leaves, [B, H, parts, K, V], and its decay.
+    """
+    bh, part = tl.program_id(1), tl.program_id(2)
     b, h = bh // H, bh % H
     g = h // (H // G)
     i, d, e = tl.arange(0, C), tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV)
     box = d[:, None] * V + e[None, :]
     fits = (d < K)[:, None] & (e < V)[None, :]
-    S = tl.load(dlast_ptr + bh.to(tl.int64) * K * V + box, mask=fits, other=0.0)
-    for back in range(N):
-        n = N - 1 - back
+    if ENDS:
+        S = tl.zeros([BK, BV], tl.float32)
+    else:
+        S = _enter(start_ptr, ends_ptr, decays_ptr, bh, part, tl.num_programs(2), box, fits, d, K, V)
+    decay = tl.full([BK], 1.0, tl.float32)
+    for step in range(part * PART, tl.minimum((part + 1) * PART, N)):
+        n = step
+        if REVERSE:
+            n = N - 1 - step
         inside, real, run, before, last, first = _place(code_ptr, b, n, T, SEG, C)
         token = b * T + n * C + i
         chunk = ((b * N + n) * H + h).to(tl.int64)
-        dy = _rows(dy_ptr + h * V, token, H * V, e, real, V)
-        tl.store(adjoints_ptr + chunk * K * V + box, _cast(S, adjoints_ptr), mask=fits)
+        right = _rows(right_ptr + h * V, token, H * V, e, real, V)
+        left = _rows(left_ptr + g * K, token, G * K, d, real, K)
+        if not ENDS:
+            tl.store(states_ptr + chunk * K * V + box, _cast(S, states_ptr), mask=fits)
         if GATE == 2:
-            late = _rows(late_ptr + h * K, token, H * K, d, inside, K)
             whole = tl.load(whole_ptr + chunk * K + d, mask=d < K, other=0.0)
-            S = S * whole[:, None] + _dot(tl.trans(late), dy, PRECISION)
+            S = S * whole[:, None] + _dot(tl.trans(left), right, PRECISION)
         else:
-            q = _rows(q_ptr + g * K, token, G * K, d, real, K)
             since, until, whole = _scales(late_ptr, early_ptr, whole_ptr, token, h, H, chunk, inside, run, before, last, GATE)
-            S = S * whole + _dot(tl.trans(q), _cast(dy.to(tl.float32) * since[:, None], dy_ptr), PRECISION)
-    tl.store(dstart_ptr + bh.to(tl.int64) * K * V + box, S, mask=fits)
+            if REVERSE:
+                until = since
+            S = S * whole + _dot(tl.trans(left), _cast(right.to(tl.float32) * until[:, None], right_ptr), PRECISION)
+        if ENDS:
+            decay *= whole
+    if ENDS:
+        site = bh.to(tl.int64) * (tl.num_programs(2) + 1) + part
+        tl.store(ends_ptr + site * K * V + box, S, mask=fits)
+        if tl.program_id(0) == 0:
+            tl.store(decays_ptr + site * K + d, decay, mask=d < K)
+    elif part == tl.num_programs(2) - 1:
+        tl.store(last_ptr + bh.to(tl.int64) * K * V + box, S, mask=fits)
 
 
 @triton.jit
-def _values_kernel(k_ptr, late_ptr, early_ptr, whole_ptr, code_ptr, scores_ptr, adjoints_ptr, dy_ptr, dv_ptr, T, H, G, K, V, N,
-                   GATE: tl.constexpr, SEG: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                   PRECISION: tl.constexpr):
-    """Gradient of the values of one chunk of one head: scores' dy, and what the state that leaves the chunk is asked for."""
+def _apply_kernel(left_ptr, late_ptr, early_ptr, whole_ptr, code_ptr, scores_ptr, states_ptr, right_ptr, other_ptr, out_ptr,
+                  products_ptr, T, H, G, K, V, N, GATE: tl.constexpr, SEG: tl.constexpr, TURN: tl.constexpr,
+                  DIAGONAL: tl.constexpr, PRODUCTS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                  PRECISION: tl.constexpr):
+    """left M + scores right of one chunk of one head, M its state; with TURN the scores transposed. The gradient of values from
+    early, the adjoints and dy; that of queries on the value axis from late, the states and k.
+
+    With PRODUCTS also the products of the rows of `right` and `other`, for the pairs of a run: dy_i' v_j.
+    """
     n, bh = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
     i, d = tl.arange(0, C), tl.arange(0, BK)
     inside, real, run, before, last, first = _place(code_ptr, b, n, T, SEG, C)
     token = b * T + n * C + i
     chunk = ((b * N + n) * H + h).to(tl.int64)
-    scores = tl.trans(_load_square(scores_ptr, chunk, i, C))
-    if GATE == 2:
-        early = _rows(early_ptr + h * K, token, H * K, d, inside, K)
-    else:
+    scores = _load_square(scores_ptr, chunk, i, C)
+    if TURN:
+        scores = tl.trans(scores)
+    left = _rows(left_ptr + h // (H // G) * K, token, G * K, d, real, K)
+    if GATE < 2:
         since, until, whole = _scales(late_ptr, early_ptr, whole_ptr, token, h, H, chunk, inside, run, before, last, GATE)
-        early = _rows(k_ptr + h // (H // G) * K, token, G * K, d, real, K)
+    products = tl.zeros([C, C], tl.float32)
     for block in range(0, V, BV):
         e = block + tl.arange(0, BV)
-        dy = _rows(dy_ptr + h * V, token, H * V, e, real, V)
-        dS = tl.load(adjoints_ptr + chunk * K * V + d[:, None] * V + e[None, :],
-                     mask=(d < K)[:, None] & (e < V)[None, :], other=0.0)
-        dv = _dot(early, dS, PRECISION)
+        right = _rows(right_ptr + h * V, token, H * V, e, real, V)
+        M = tl.load(states_ptr + chunk * K * V + d[:, None] * V + e[None, :],
+                    mask=(d < K)[:, None] & (e < V)[None, :], other=0.0)
+        out = _dot(left, M, PRECISION)
         if GATE < 2:
-            dv *= until[:, None]
-        dv += _dot(scores, dy, PRECISION)
-        _store_rows(dv_ptr + h * V, token, H * V, e, inside, V, tl.where(real[:, None], dv, 0.0))
+            out *= until[:, None]
+        out += _dot(scores, right, PRECISION)
+        _store_rows(out_ptr + h * V, token, H * V, e, inside, V, tl.where(real[:, None], out, 0.0))
+        if PRODUCTS:
+            other = _rows(other_ptr + h * V, token, H * V, e, real, V)
+            products += _dot(right, tl.trans(other), PRECISION)
+    if PRODUCTS:
+        _store_square(products_ptr, chunk, i, C, tl.where(_pairs(run, C, DIAGONAL), products, 0.0))
 
 
 @triton.jit
-def _gradient_kernel(q_ptr, k_ptr, v_ptr, log_a_ptr, late_ptr, early_ptr, whole_ptr, code_ptr, scores_ptr, states_ptr,
-                     adjoints_ptr, steep_ptr, dy_ptr, dq_ptr, dk_ptr, dlog_a_ptr, T, H, G, K, V, N, GATE: tl.constexpr,
-                     SEG: tl.constexpr, DIAGONAL: tl.constexpr, EXACT: tl.constexpr, STEEP: tl.constexpr, C: tl.constexpr,
-                     BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):
-    """Other gradients of one chunk of one head, and of a block of its keys where decays are per channel; dq and dk
-    [B, T, H, K] are summed over the heads of a group outside.
+def _channels(q_ptr, k_ptr, v_ptr, log_a_ptr, code_ptr, products_ptr, states_ptr, adjoints_ptr, whole_ptr, steep_ptr, dy_ptr,
+              dq_ptr, dk_ptr, dlog_a_ptr, T, H, K, V, N, b, n, h, block, blocks, SEG: tl.constexpr, ALL: tl.constexpr,
+              QUERY: tl.constexpr, EXACT: tl.constexpr, STEEP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+              BV: tl.constexpr, PRECISION: tl.constexpr):
+    """Gradients of one chunk and one block of its keys, with a decay per key channel: of q [B, T, H, K] with QUERY, of k and
+    log_a with ALL. What dy_i' v_j are is given, as `products`. With STEEP pair by pair; without, such blocks are left unwritten."""
+    chunk = ((b * N + n) * H + h).to(tl.int64)
+    i, d = tl.arange(0, C), block * BK + tl.arange(0, BK)
+    inside, real, run, before, last, first = _place(code_ptr, b, n, T, SEG, C)
+    token = b * T + n * C + i
+    # all that is read once is asked for ahead of the loop
+    x = _rows(log_a_ptr + h * K, token, H * K, d, real & (first == 0), K)
+    k = _rows(k_ptr + h * K, token, H * K, d, real, K)
+    if ALL:
+        q = _rows(q_ptr + h * K, token, H * K, d, real, K)
+        whole = tl.load(whole_ptr + chunk * K + d, mask=d < K, other=0.0)
+    own = tl.load(products_ptr + (chunk * C + i) * C + i)
+    cross = _load_square(products_ptr, chunk, i, C)
+    if not STEEP:
+        inside &= tl.load(steep_ptr + chunk * blocks + block) == 0
+    dq, dk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+    over = tl.zeros([BK], tl.float32)
+    for column in range(0, V, BV):
+        e = column + tl.arange(0, BV)
+        dy = _rows(dy_ptr + h * V, token, H * V, e, real, V)
+        box = d[:, None] * V + e[None, :]
+        fits = (d < K)[:, None] & (e < V)[None, :]
+        S = tl.load(states_ptr + chunk * K * V + box, mask=fits, other=0.0)
+        dq += _dot(dy, tl.trans(S), PRECISION)
+        if ALL:
+            v = _rows(v_ptr + h * V, token, H * V, e, real, V)
+            dS = tl.load(adjoints_ptr + chunk * K * V + box, mask=fits, other=0.0)
+            dk += _dot(v, tl.trans(dS), PRECISION)
+            over += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+    x, L, rest = _gates(x, run, C, EXACT)
+    own, k = own.to(tl.float32)[:, None], k.to(tl.float32)
+    cross = tl.where(i[:, None] == i[None, :], 0.0, cross)
+    dq *= tl.where((run == before)[:, None], tl.exp(L), 0.0)
+    if ALL:
+        q = q.to(tl.float32)
+        flow = q * dq  # what passes each token's decay: reads, and pairs that end here less pairs that begin here
+        dk *= tl.where((run == last)[:, None], tl.exp(rest), 0.0)
+    if STEEP:
+        a, weight, pairs = tl.exp(x), tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+        for back in range(C):
+            j = C - 1 - back
+            weight = _stretch(weight, a, j, i, run)
+            key = _row(k, j, i)[None, :]
+            reads = tl.sum(tl.where((i == j)[None, :], cross.to(tl.float32), 0.0), 1)[:, None] * weight
+            dq += reads * key
+            if ALL:
+                flow += reads * key * q
+                row = tl.sum(reads * q, 0)[None, :]
+                pairs += tl.where((i == j)[:, None], row, 0.0)
+                flow -= tl.where((i == j)[:, None], row * key, 0.0)
+    else:
+        # both sides of a pair from the same rounded factors, so that pairs which no decay parts cancel exactly
+        c = 0.5 * tl.min(L, 0)[None, :]
+        low, since, until = _factor(cross, k_ptr), tl.exp(L - c), tl.exp(c - L)
+        grown = _factor(k * until, k_ptr)
+        inner = _dot(low, grown, PRECISION)
+        dq += inner * since
+        if ALL:
+            fallen = _factor(q * since, k_ptr)
+            flow += fallen.to(tl.float32) * inner
+    if QUERY:
+        _store_rows(dq_ptr + h * K, token, H * K, d, inside, K, tl.where(real[:, None], dq + own * k, 0.0))
+    if ALL:
+        writes = k * dk  # pass the decays of tokens after them
+        if not STEEP:
+            inner = _dot(tl.trans(low), fallen, PRECISION)
+            pairs = inner * until
+            flow -= grown.to(tl.float32) * inner
+        dk += pairs + own * q
+        _store_rows(dk_ptr + h * K, token, H * K, d, inside, K, tl.where(real[:, None], dk, 0.0))
+        # over tokens at or after this one, of its run; of writes, which are of the last run, those before it
+        if EXACT:
+            dlog_a = _total(i[:, None] > i[None, :], writes, True, 3)
+        else:
+            flow -= writes
+            dlog_a = tl.sum(writes, 0)[None, :]
+        dlog_a = tl.where((run == last)[:, None], dlog_a, 0.0) + (whole * over)[None, :]
+        dlog_a += _total((run[:, None] == run[None, :]) & (i[:, None] <= i[None, :]), flow, EXACT, 2)
+        dlog_a = tl.where((real & (first == 0))[:, None], dlog_a, 0.0)
+        _store_rows(dlog_a_ptr + h * K, token, H * K, d, inside, K, dlog_a)
 
-    With a decay per channel there are two launches: STEEP does the chunks computed pair by pair, the other all the rest.
-    """
+
+@triton.jit
+def _channels_kernel(q_ptr, k_ptr, v_ptr, log_a_ptr, code_ptr, products_ptr, states_ptr, adjoints_ptr, whole_ptr, steep_ptr,
+                     dy_ptr, dq_ptr, dk_ptr, dlog_a_ptr, T, H, K, V, N, SEG: tl.constexpr, ALL: tl.constexpr,
+                     QUERY: tl.constexpr, EXACT: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                     PRECISION: tl.constexpr):
+    """`_channels` where no block of channels decays too much."""
+    bh = tl.program_id(1)
+    _channels(q_ptr, k_ptr, v_ptr, log_a_ptr, code_ptr, products_ptr, states_ptr, adjoints_ptr, whole_ptr, steep_ptr, dy_ptr,
+              dq_ptr, dk_ptr, dlog_a_ptr, T, H, K, V, N, bh // H, tl.program_id(0), bh % H, tl.program_id(2),
+              tl.num_programs(2), SEG, ALL, QUERY, EXACT, False, C, BK, BV, PRECISION)
+
+
+@triton.jit
+def _steep_kernel(q_ptr, k_ptr, v_ptr, log_a_ptr, code_ptr, products_ptr, states_ptr, adjoints_ptr, whole_ptr, steep_ptr,
+                  dy_ptr, dq_ptr, dk_ptr, dlog_a_ptr, T, H, K, V, N, sites, blocks, MANY: tl.constexpr, SEG: tl.constexpr,
+                  ALL: tl.constexpr, QUERY: tl.constexpr, EXACT: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+                  BV: tl.constexpr, PRECISION: tl.constexpr):
+    """`_channels` where they do: a program looks at MANY blocks, of which there are mostly none."""
+    begin = tl.program_id(0) * MANY
+    many = begin + tl.arange(0, MANY)
+    if tl.sum(tl.load(steep_ptr + many, mask=many < sites, other=0).to(tl.int32), 0) == 0:
+        return
+    for site in range(begin, tl.minimum(begin + MANY, sites)):
+        if tl.load(steep_ptr + site) != 0:
+            chunk = site // blocks
+            _channels(q_ptr, k_ptr, v_ptr, log_a_ptr, code_ptr, products_ptr, states_ptr, adjoints_ptr, whole_ptr, steep_ptr,
+                      dy_ptr, dq_ptr, dk_ptr, dlog_a_ptr, T, H, K, V, N, chunk // H // N, chunk // H % N, chunk % H,
+                      site % blocks, blocks, SEG, ALL, QUERY, EXACT, True, C, BK, BV, PRECISION)
+
+
+@triton.jit
+def _heads_kernel(q_ptr, k_ptr, v_ptr, log_a_ptr, late_ptr, early_ptr, whole_ptr, code_ptr, scores_ptr, states_ptr,
+                  adjoints_ptr, dy_ptr, dq_ptr, dk_ptr, dlog_a_ptr, T, H, G, K, V, N, GATE: tl.constexpr, SEG: tl.constexpr,
+                  DIAGONAL: tl.constexpr, EXACT: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                  PRECISION: tl.constexpr):
+    """Gradients of one chunk of one head, with one decay or none; dq and dk [B, T, H, K] are summed over the heads of a group
+    outside."""
     n, bh = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
     chunk = ((b * N + n) * H + h).to(tl.int64)
-    if GATE == 2:
-        if (tl.load(steep_ptr + chunk) != 0) != STEEP:
-            return
     g = h // (H // G)
-    i, d = tl.arange(0, C), tl.program_id(2) * BK + tl.arange(0, BK)
+    i, d = tl.arange(0, C), tl.arange(0, BK)
     inside, real, run, before, last, first = _place(code_ptr, b, n, T, SEG, C)
     token = b * T + n * C + i
     dscores = tl.zeros([C, C], tl.float32)
@@ -379,111 +602,105 @@ def _gradient_kernel(q_ptr, k_ptr, v_ptr, log_a_ptr, late_ptr, early_ptr, whole_
         dk += _dot(v, tl.trans(dS), PRECISION)
         if GATE > 0:
             over += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
-    if GATE == 2:
-        x = _rows(log_a_ptr + h * K, token, H * K, d, real & (first == 0), K).to(tl.float32)
-        L = _sums(x, first, SEG, False)
-        cross = tl.where(_pairs(run, C, False), dscores, 0.0)
-        own = tl.sum(tl.where(i[:, None] == i[None, :], dscores, 0.0), 1)[:, None]
-        k = _rows(k_ptr + g * K, token, G * K, d, real, K).to(tl.float32)
-        dk *= tl.where((run == last)[:, None], tl.exp(tl.minimum(_last(L, C)[None, :] - L, 0.0)), 0.0)
-        # what passes each token's decay: reads, and pairs that end here less pairs that begin here; writes of earlier tokens
-        flow = -k * dk
-        writes = tl.sum(-flow, 0)
-        q = _rows(q_ptr + g * K, token, G * K, d, real, K).to(tl.float32)
-        dq *= tl.where((run == before)[:, None], tl.exp(L), 0.0)
-        flow += q * dq
-        if STEEP:
-            for j in range(C):
-                key, weight = _key(k, L, j, i, run)
-                column = tl.sum(tl.where((i == j)[None, :], cross, 0.0), 1)[:, None] * weight
-                dq += column * key[None, :]
-                flow += column * key[None, :] * q
-                row = tl.sum(column * q, 0)[None, :]
-                dk += tl.where((i == j)[:, None], row, 0.0)
-                flow -= tl.where((i == j)[:, None], row * key[None, :], 0.0)
-        else:
-            # both sides of a pair from the same rounded factors, so that pairs which no decay parts cancel exactly
-            low, grown = _cast(cross, q_ptr), _cast(k * tl.exp(-L), q_ptr)
-            fallen = _cast(q * tl.exp(L), q_ptr)
-            inner = _dot(low, grown, PRECISION)
-            dq += inner * tl.exp(L)
-            flow += fallen.to(tl.float32) * inner
-            inner = _dot(tl.trans(low), fallen, PRECISION)
-            dk += inner * tl.exp(-L)
-            flow -= grown.to(tl.float32) * inner
-        if DIAGONAL:
-            dq += own * k
-            dk += own * q
-        ends = first
-        if SEG:
-            after = tl.load(code_ptr + token + 1, mask=inside & (n * C + i + 1 < T), other=-1) >> 1
-            ends = inside & (run != after)
-        # over tokens at or after this one, of its run; of writes, which are of the last run, those before it
-        dlog_a = _sums(flow, ends, SEG, True) + tl.where((run == last)[:, None], writes[None, :], 0.0)
-        whole_k = tl.load(whole_ptr + chunk * K + d, mask=d < K, other=0.0)
-        dlog_a += (whole_k * over)[None, :]
-        dlog_a = tl.where((real & (first == 0))[:, None], dlog_a, 0.0)
-        _store_rows(dlog_a_ptr + h * K, token, H * K, d, inside, K, dlog_a)
+    since, until, whole = _scales(late_ptr, early_ptr, whole_ptr, token, h, H, chunk, inside, run, before, last, GATE)
+    q = _rows(q_ptr + g * K, token, G * K, d, real, K)
+    k = _rows(k_ptr + g * K, token, G * K, d, real, K)
+    dq *= since[:, None]
+    dk *= until[:, None]
+    pair = _pairs(run, C, DIAGONAL)
+    if GATE == 1:
+        x, L = _gate(log_a_ptr, token, h, H, real & (first == 0), _pairs(run, C, True))
+        scores = _load_square(scores_ptr, chunk, i, C).to(tl.float32)
+        between = tl.where(i[:, None] > i[None, :], dscores * scores, 0.0)
+        flow = tl.sum(q.to(tl.float32) * dq, 1) + tl.sum(between, 1) - tl.sum(between, 0)
+        write = tl.sum(k.to(tl.float32) * dk, 1)
+        dlog_a = tl.sum(tl.where(_pairs(run, C, True), flow[:, None], 0.0), 0)
+        dlog_a += tl.sum(tl.where(i[:, None] > i[None, :], write[None, :], 0.0), 1) + whole * tl.sum(over, 0)
+        dlog_a = tl.where(real & (first == 0), dlog_a, 0.0)
+        tl.store(dlog_a_ptr + token.to(tl.int64) * H + h, _cast(dlog_a, dlog_a_ptr), mask=inside)
+        dscores *= _weights(x, L, pair, C, EXACT)
     else:
-        since, until, whole = _scales(late_ptr, early_ptr, whole_ptr, token, h, H, chunk, inside, run, before, last, GATE)
-        q = _rows(q_ptr + g * K, token, G * K, d, real, K)
-        k = _rows(k_ptr + g * K, token, G * K, d, real, K)
-        dq *= since[:, None]
-        dk *= until[:, None]
-        pair = _pairs(run, C, DIAGONAL)
-        if GATE == 1:
-            x, L = _gate(log_a_ptr, token, h, H, real & (first == 0), _pairs(run, C, True))
-            scores = _load_square(scores_ptr, chunk, i, C).to(tl.float32)
-            between = tl.where(i[:, None] > i[None, :], dscores * scores, 0.0)
-            flow = tl.sum(q.to(tl.float32) * dq, 1) + tl.sum(between, 1) - tl.sum(between, 0)
-            write = tl.sum(k.to(tl.float32) * dk, 1)
-            dlog_a = tl.sum(tl.where(_pairs(run, C, True), flow[:, None], 0.0), 0)
-            dlog_a += tl.sum(tl.where(i[:, None] > i[None, :], write[None, :], 0.0), 1) + whole * tl.sum(over, 0)
-            dlog_a = tl.where(real & (first == 0), dlog_a, 0.0)
-            tl.store(dlog_a_ptr + token * H + h, _cast(dlog_a, dlog_a_ptr), mask=inside)
-            dscores *= _weights(x, L, pair, C, EXACT)
-        else:
-            dscores = tl.where(pair, dscores, 0.0)
-        small = _cast(dscores, q_ptr)
-        dq += _dot(small, k, PRECISION)
-        dk += _dot(tl.trans(small), q, PRECISION)
+        dscores = tl.where(pair, dscores, 0.0)
+    small = _cast(dscores, q_ptr)
+    dq += _dot(small, k, PRECISION)
+    dk += _dot(tl.trans(small), q, PRECISION)
     _store_rows(dq_ptr + h * K, token, H * K, d, inside, K, tl.where(real[:, None], dq, 0.0))
     _store_rows(dk_ptr + h * K, token, H * K, d, inside, K, tl.where(real[:, None], dk, 0.0))
-
-
-def _chunk(dtype: torch.dtype, key: int) -> int:
-    """Tokens of a chunk: float32 tiles of 256 channels leave room for 32."""
-    return 32 if dtype == torch.float32 and key > 128 else 64
 
 
 def _keys(key: int) -> int:
     return max(triton.next_power_of_2(key), 32)  # below 32 the three passes of tf32x3 come out as one (Triton 3.6)
 
 
-def _values(value: int, most: int, bk: int, walks: int | None = None) -> int:
-    """Values of a block. A walk carries keys x values in registers, and `walks` times its blocks fill the card."""
-    bv = min(max(triton.next_power_of_2(value), 32), most if bk <= 128 else most // 2)
-    if walks is not None:
-        bv = min(bv, max(STATE // bk, 32))
-        while bv > 32 and walks * triton.cdiv(value, bv) < FILL:
-            bv //= 2
-    return bv
+def _values(value: int, most: int, bk: int) -> int:
+    """Values of a block."""
+    return min(_keys(value), most if bk <= 128 else most // 2)
 
 
-def _launch(tile: Tile, x: Tensor) -> dict[str, int]:
-    """Warps and stages. In float32 no loads ahead: Triton 3.6 reads out of bounds where tf32x3 meets a pipelined load. Keys of
-    256 channels leave shared memory for two stages."""
-    most = 1 if x.dtype == torch.float32 else 2 if x.shape[-1] > 128 else tile.stages
-    return dict(num_warps=tile.warps, num_stages=min(tile.stages, most))
+def _parts(chunks: int, walks: int) -> int:
+    """Chunks of a part. Walking all of T twice is worth it where three walks or more come out of one."""
+    parts = min(FILL // walks, chunks // LEAST)
+    return triton.cdiv(chunks, parts) if parts > 2 else chunks
 
 
-def _options(x: Tensor, log_a: Tensor | None, code: Tensor | None) -> dict[str, Any]:
-    return dict(GATE=0 if log_a is None else log_a.ndim - 2, SEG=code is not None, C=_chunk(x.dtype, x.shape[-1]),
-                PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32")
+class Shape(NamedTuple):
+    """Of streams as the kernels see them, the axis that decays first: q, k [B, T, G, K], v [B, T, H, V]."""
+
+    batch: int
+    tokens: int
+    heads: int
+    groups: int
+    key: int
+    value: int
+    gate: int
+    dtype: torch.dtype
+    chunk: int  # tokens
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.tokens // self.chunk)
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.heads
+
+    @property
+    def sites(self) -> list[int]:
+        return [self.batch, self.chunks, self.heads]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.tokens, self.heads, self.groups, self.key, self.value, self.chunks
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Channels of a block of `prepare`, and of the gradient where decays are per channel, and how many blocks there are."""
+        size = min(_keys(self.key), CONFIGS[self.gate].prepare.keys)
+        return size, -(-self.key // size)
+
+    @property
+    def exact(self) -> bool:
+        return self.dtype == torch.float32
+
+    def options(self, code: Tensor | None, tile: Tile, bk: int) -> dict[str, Any]:
+        """Of every kernel, with warps and stages. In float32 no loads ahead: Triton 3.6 reads out of bounds where tf32x3 meets
+        a pipelined load. Keys of 256 channels leave shared memory for two stages."""
+        stages = 1 if self.exact else min(tile.stages, 2) if bk > 128 else tile.stages
+        return dict(SEG=code is not None, C=self.chunk, PRECISION="tf32x3" if self.exact else "tf32", num_warps=tile.warps,
+                    num_stages=stages)
+
+
+def _shape(q: Tensor, v: Tensor, log_a: Tensor | None, by_value: bool) -> Shape:
+    batch, tokens, groups, key = q.shape
+    heads, value = v.shape[2:]
+    if by_value:
+        key, value = value, key
+    chunk = 32 if q.dtype == torch.float32 and key > 128 else 64  # float32 tiles of 256 channels leave room for 32
+    return Shape(batch, tokens, heads, groups, key, value, 0 if log_a is None else log_a.ndim - 2, q.dtype, chunk)
 
 
 class Prepared(NamedTuple):
-    """What `_prepare` leaves to the walks; empty tensors where a gate has no use for them."""
+    """What `prepare` leaves to the walks; empty tensors where a gate has no use for them."""
 
     scores: Tensor
     late: Tensor
@@ -492,99 +709,189 @@ class Prepared(NamedTuple):
     steep: Tensor
 
 
-def _prepared(q: Tensor, v: Tensor, log_a: Tensor | None) -> Prepared:
-    batch, tokens, _, key = q.shape
-    heads, chunk = v.shape[2], _chunk(q.dtype, key)
-    gate = 0 if log_a is None else log_a.ndim - 2
-    sites = [batch, -(-tokens // chunk), heads]
-    each = [[0], [batch, tokens, heads], [batch, tokens, heads, key]][gate]
-    late, early = (q.new_empty(each, dtype=q.dtype if gate == 2 else torch.float32) for _ in range(2))
-    whole = q.new_empty([[0], sites, [*sites, key]][gate], dtype=torch.float32)
-    steep = q.new_empty(sites if gate == 2 else [0], dtype=torch.int8)
-    return Prepared(q.new_empty([*sites, chunk, chunk]), late, early, whole, steep)
+def _prepared(like: Tensor, shape: Shape, read: bool = True) -> Prepared:
+    """Room for it; without `read`, neither for scores nor for late."""
+    each = [[0], [shape.batch, shape.tokens, shape.heads], [shape.batch, shape.tokens, shape.heads, shape.key]][shape.gate]
+    vector, dtype = shape.gate == 2, like.dtype if shape.gate == 2 else torch.float32
+    return Prepared(
+        like.new_empty([*shape.sites, shape.chunk, shape.chunk] if read else 0),
+        like.new_empty(each if read else 0, dtype=dtype),
+        like.new_empty(each, dtype=dtype),
+        like.new_empty([[0], shape.sites, [*shape.sites, shape.key]][shape.gate], dtype=torch.float32),
+        like.new_empty([*shape.sites, shape.blocks[1]] if vector else 0, dtype=torch.int8))
+
+
+def _prepare(q: Tensor | None, k: Tensor, log_a: Tensor | None, code: Tensor | None, shape: Shape, diagonal: bool) -> Prepared:
+    ready, (size, blocks) = _prepared(k, shape, q is not None), shape.blocks
+    _prepare_kernel[(shape.chunks, shape.rows)](
+        k if q is None else q, k, log_a, code, *ready, shape.tokens, shape.heads, shape.groups, shape.key, shape.chunks,
+        DIAGONAL=diagonal, READ=q is not None, EXACT=shape.exact, RANGE=32.0 if shape.exact else 160.0, BK=size, BLOCKS=blocks,
+        GATE=shape.gate, **shape.options(code, CONFIGS[shape.gate].prepare, size))
+    return ready
+
+
+class Walk(NamedTuple):
+    """How a walk is cut: values of a block, blocks, parts of T, chunks of a part."""
+
+    block: int
+    blocks: int
+    parts: int
+    part: int
+
+
+def _cut(shape: Shape, tile: Tile) -> Walk:
+    block = min(_values(shape.value, tile.values, _keys(shape.key)), max(STATE // _keys(shape.key), 32))
+    while True:
+        blocks = triton.cdiv(shape.value, block)
+        part = _parts(shape.chunks, shape.rows * blocks)
+        parts = triton.cdiv(shape.chunks, part)
+        if block == 32 or shape.rows * blocks * parts >= FILL // 2:
+            return Walk(block, blocks, parts, part)
+        block //= 2
+
+
+def _ends(left: Tensor, right: Tensor, ready: Prepared, code: Tensor | None, start: Tensor, shape: Shape, cut: Walk,
+          reverse: bool) -> tuple[Tensor, Tensor]:
+    """What each part of T but the last leaves [B H, parts, K, V], and its decay [B H, parts, K]."""
+    tile, bk = CONFIGS[shape.gate].walk, _keys(shape.key)
+    site = [shape.rows, cut.parts] if cut.parts > 1 else [0]
+    ends, decays = start.new_empty(*site, shape.key, shape.value), start.new_empty(*site, shape.key)
+    if cut.parts > 1:
+        _walk_kernel[(cut.blocks, shape.rows, cut.parts - 1)](
+            left, right, ready.late, ready.early, ready.whole, code, start, ends, decays, right, start, *shape.sizes,
+            cut.part, REVERSE=reverse, ENDS=True, BK=bk, BV=cut.block, GATE=shape.gate, **shape.options(code, tile, bk))
+    return ends, decays
+
+
+def _states(left: Tensor, right: Tensor, ready: Prepared, code: Tensor | None, start: Tensor, shape: Shape,
+            reverse: bool) -> tuple[Tensor, Tensor]:
+    """The states before each chunk [B, N, H, K, V] and the last; with `reverse` from the end."""
+    tile, bk = CONFIGS[shape.gate].walk, _keys(shape.key)
+    cut = _cut(shape, tile)
+    ends = _ends(left, right, ready, code, start, shape, cut, reverse)
+    states, last = right.new_empty(*shape.sites, shape.key, shape.value), torch.empty_like(start)
+    _walk_kernel[(cut.blocks, shape.rows, cut.parts)](
+        left, right, ready.late, ready.early, ready.whole, code, start, *ends, states, last, *shape.sizes, cut.part,
+        REVERSE=reverse, ENDS=False, BK=bk, BV=cut.block, GATE=shape.gate, **shape.options(code, tile, bk))
+    return states, last
+
+
+def _apply(left: Tensor, scores: Tensor, states: Tensor, right: Tensor, other: Tensor | None, ready: Prepared,
+           code: Tensor | None, shape: Shape, turn: bool, diagonal: bool) -> tuple[Tensor, Tensor]:
+    """left M + scores right, or with the scores transposed, and the products of right and other if given."""
+    bk, tile = _keys(shape.key), CONFIGS[shape.gate].apply
+    out, products = torch.empty_like(right), scores.new_empty(scores.shape if other is not None else 0)
+    _apply_kernel[(shape.chunks, shape.rows)](
+        left, ready.late, ready.early, ready.whole, code, scores, states, right, other, out, products, *shape.sizes, TURN=turn,
+        DIAGONAL=diagonal, PRODUCTS=other is not None, BK=bk, BV=_values(shape.value, tile.values, bk), GATE=shape.gate,
+        **shape.options(code, tile, bk))
+    return out, products
+
+
+def _gradients(q: Tensor | None, k: Tensor, v: Tensor | None, log_a: Tensor, dy: Tensor, products: Tensor, states: Tensor,
+               adjoints: Tensor | None, ready: Prepared, code: Tensor | None, shape: Shape,
+               query: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and log_a with decays per channel, or of q alone where no adjoints are given."""
+    every, (size, blocks), tile = adjoints is not None, shape.blocks, CONFIGS[shape.gate].gradient
+    dq, dk, dlog_a = (torch.empty_like(x) if wanted else x.new_empty(0) for x, wanted in
+                      ((k, query), (k, every), (log_a, every)))
+    streams = (q, k, v, log_a, code, products, states, adjoints, ready.whole, ready.steep, dy, dq, dk, dlog_a, shape.tokens,
+               shape.heads, shape.key, shape.value, shape.chunks)
+    options = dict(ALL=every, QUERY=query, EXACT=shape.exact, BK=size, BV=_values(shape.value, tile.values, size),
+                   **shape.options(code, tile, size))
+    _channels_kernel[(shape.chunks, shape.rows, blocks)](*streams, **options)
+    sites = shape.chunks * shape.rows * blocks
+    _steep_kernel[(triton.cdiv(sites, MANY),)](*streams, sites, blocks, MANY=MANY, **options)
+    return dq, dk, dlog_a
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, start: Tensor, code: Tensor | None, diagonal: bool,
-            save: bool) -> tuple[Tensor, Tensor, Tensor, Prepared]:
-    """y [B, T, H, V], the last state [B, H, K, V] in float32, the states [B, N, H, K, V] if `save`."""
-    batch, tokens, groups, key = q.shape
-    heads, value = v.shape[2:]
-    chunks, rows, bk = triton.cdiv(tokens, _chunk(q.dtype, key)), batch * heads, _keys(key)
-    options, ready = _options(q, log_a, code), _prepared(q, v, log_a)
-    config = CONFIGS[options["GATE"]]
-    _prepare_kernel[(chunks, rows)](
-        q, k, log_a, code, *ready, tokens, heads, groups, key, chunks, DIAGONAL=diagonal, EXACT=q.dtype == torch.float32, BK=bk,
-        **_launch(config.prepare, q), **options)
+            save: bool, by_value: bool) -> tuple[Tensor, Tensor, Tensor, Prepared]:
+    """y [B, T, H, V], the last state [B, H, K, V] in float32, the states [B, N, H, K, V] if `save`; on the value axis with K
+    and V exchanged, as in `start`."""
+    shape = _shape(q, v, log_a, by_value)
+    if by_value:
+        plain = shape._replace(key=shape.value, value=shape.key, gate=0)  # products of queries and keys bear no decays
+        scores = _prepare(q, k, None, code, plain, diagonal).scores
+        ready = _prepare(None, v, log_a, code, shape, diagonal)
+        states, last = _states(ready.early, k, ready, code, start, shape, False)
+        y = _gradients(None, v, None, log_a, q, scores, states, None, ready, code, shape, True)[0]
+        kept = Prepared(scores, *(x.new_empty(0) for x in ready[1:]))
+        return y, last, states if save else states.new_empty(0), kept
+    ready, tile = _prepare(q, k, log_a, code, shape, diagonal), CONFIGS[shape.gate].forward
+    cut, bk = _cut(shape, tile), _keys(shape.key)
+    left = ready.early if shape.gate == 2 else k
+    ends = _ends(left, v, ready, code, start, shape, cut, False)
     y, last = torch.empty_like(v), torch.empty_like(start)
-    states = v.new_empty((batch, chunks, heads, key, value) if save else 0)
-    block = _values(value, config.forward.values, bk, rows)
-    _forward_kernel[(triton.cdiv(value, block), rows)](
-        q, k, v, ready.late, ready.early, ready.whole, code, ready.scores, start, y, states, last, tokens, heads, groups, key,
-        value, chunks, SAVE=save, BK=bk, BV=block, **_launch(config.forward, q), **options)
+    states = v.new_empty([*shape.sites, shape.key, shape.value] if save else 0)
+    _forward_kernel[(cut.blocks, shape.rows, cut.parts)](
+        q, k, v, ready.late, ready.early, ready.whole, code, ready.scores, start, *ends, y, states, last, *shape.sizes,
+        cut.part, SAVE=save, BK=bk, BV=cut.block, GATE=shape.gate, **shape.options(code, tile, bk))
     return y, last, states, ready
 
 
 def backward(dy: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, code: Tensor | None,
-             states: Tensor, ready: Prepared, diagonal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+             states: Tensor, ready: Prepared, diagonal: bool, by_value: bool) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, log_a and start."""
-    batch, tokens, groups, key = q.shape
-    heads, value = v.shape[2:]
-    chunks, rows, bk = triton.cdiv(tokens, _chunk(q.dtype, key)), batch * heads, _keys(key)
-    options = _options(q, log_a, code)
-    config = CONFIGS[options["GATE"]]
-    scores, late, early, whole, steep = ready
-    sizes = (tokens, heads, groups, key, value, chunks)
-    adjoints, dstart = torch.empty_like(states), torch.empty_like(dlast)
-    block = _values(value, config.adjoint.values, bk, rows)
-    _adjoint_kernel[(triton.cdiv(value, block), rows)](
-        q, dy, late, early, whole, code, dlast, adjoints, dstart, *sizes, BK=bk, BV=block, **_launch(config.adjoint, q),
-        **options)
-    dq, dk = (q.new_empty(batch, tokens, heads, key) for _ in range(2))
-    dv = torch.empty_like(v)
+    shape = _shape(q, v, log_a, by_value)
+    if by_value and log_a is not None:
+        products, ready = ready.scores, _prepare(dy, v, log_a, code, shape, diagonal)
+        adjoints, dstart = _states(ready.late, q, ready, code, dlast, shape, True)
+        dq, _ = _apply(ready.late, ready.scores, states, k, None, ready, code, shape, False, diagonal)
+        dk, _ = _apply(ready.early, ready.scores, adjoints, q, None, ready, code, shape, True, diagonal)
+        _, dv, dlog_a = _gradients(dy, v, k, log_a, q, products, states, adjoints, ready, code, shape, False)
+        return dq, dk, dv, dlog_a, dstart
+    vector = shape.gate == 2
+    adjoints, dstart = _states(ready.late if vector else q, dy, ready, code, dlast, shape, True)
+    left, other = (ready.early, v) if vector else (k, None)
+    dv, products = _apply(left, ready.scores, adjoints, dy, other, ready, code, shape, True, diagonal)
+    if vector and log_a is not None:
+        dq, dk, dlog_a = _gradients(q, k, v, log_a, dy, products, states, adjoints, ready, code, shape, True)
+        return dq, dk, dv, dlog_a, dstart
+    dq, dk = (q.new_empty(shape.batch, shape.tokens, shape.heads, shape.key) for _ in range(2))
     dlog_a = None if log_a is None else torch.empty_like(log_a)
-    _values_kernel[(chunks, rows)](
-        k, late, early, whole, code, scores, adjoints, dy, dv, *sizes, BK=bk, BV=_values(value, config.values.values, bk),
-        **_launch(config.values, q), **options)
-    keys = min(bk, config.gradient.keys or bk)
-    for hard in (False, True)[: 2 if options["GATE"] == 2 else 1]:
-        _gradient_kernel[(chunks, rows, triton.cdiv(key, keys))](
-            q, k, v, log_a, late, early, whole, code, scores, states, adjoints, steep, dy, dq, dk, dlog_a, *sizes,
-            DIAGONAL=diagonal, EXACT=q.dtype == torch.float32, STEEP=hard, BK=keys,
-            BV=_values(value, config.gradient.values, keys), **_launch(config.gradient, q), **options)
-    if groups < heads:
-        dq, dk = (x.unflatten(2, (groups, -1)).sum(3) for x in (dq, dk))
+    bk, tile = _keys(shape.key), CONFIGS[shape.gate].gradient
+    _heads_kernel[(shape.chunks, shape.rows)](
+        q, k, v, log_a, ready.late, ready.early, ready.whole, code, ready.scores, states, adjoints, dy, dq, dk, dlog_a,
+        *shape.sizes, DIAGONAL=diagonal, EXACT=shape.exact, BK=bk, BV=_values(shape.value, tile.values, bk), GATE=shape.gate,
+        **shape.options(code, tile, bk))
+    if shape.groups < shape.heads:
+        dq, dk = (x.unflatten(2, (shape.groups, -1)).sum(3) for x in (dq, dk))
     return dq, dk, dv, dlog_a, dstart
 
 
 # Operators, so that torch.compile and torch.export pass through without a break -------------------------------------
 
 @torch.library.custom_op("seqloom::decay_scan_fused", mutates_args=(), schema=(
-    "(Tensor q, Tensor k, Tensor v, Tensor? log_a, Tensor start, Tensor? code, bool diagonal, bool save)"
+    "(Tensor q, Tensor k, Tensor v, Tensor? log_a, Tensor start, Tensor? code, bool diagonal, bool save, bool by_value)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
 def _scan(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, start: Tensor, code: Tensor | None, diagonal: bool,
-          save: bool) -> tuple[Tensor, ...]:
-    y, last, states, ready = forward(q, k, v, log_a, start, code, diagonal, save)
+          save: bool, by_value: bool) -> tuple[Tensor, ...]:
+    y, last, states, ready = forward(q, k, v, log_a, start, code, diagonal, save, by_value)
     return y, last, states, *ready
 
 
 @torch.library.custom_op("seqloom::decay_scan_fused_backward", mutates_args=(), schema=(
     "(Tensor dy, Tensor dlast, Tensor q, Tensor k, Tensor v, Tensor? log_a, Tensor? code, Tensor states, Tensor scores,"
-    " Tensor late, Tensor early, Tensor whole, Tensor steep, bool diagonal) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"))
+    " Tensor late, Tensor early, Tensor whole, Tensor steep, bool diagonal, bool by_value)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"))
 def _scan_backward(dy: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, code: Tensor | None,
                    states: Tensor, scores: Tensor, late: Tensor, early: Tensor, whole: Tensor, steep: Tensor,
-                   diagonal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+                   diagonal: bool, by_value: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     ready = Prepared(scores, late, early, whole, steep)
-    dq, dk, dv, dlog_a, dstart = backward(dy, dlast, q, k, v, log_a, code, states, ready, diagonal)
+    dq, dk, dv, dlog_a, dstart = backward(dy, dlast, q, k, v, log_a, code, states, ready, diagonal, by_value)
     return dq, dk, dv, q.new_empty(0) if dlog_a is None else dlog_a, dstart
 
 
 @_scan.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, start: Tensor, code: Tensor | None, diagonal: bool,
-      save: bool) -> tuple[Tensor, ...]:
-    batch, tokens, _, key = q.shape
-    heads, value = v.shape[2:]
-    states = v.new_empty((batch, -(-tokens // _chunk(q.dtype, key)), heads, key, value) if save else 0)
-    return torch.empty_like(v), torch.empty_like(start), states, *_prepared(q, v, log_a)
+      save: bool, by_value: bool) -> tuple[Tensor, ...]:
+    shape = _shape(q, v, log_a, by_value)
+    states = v.new_empty([*shape.sites, shape.key, shape.value] if save else 0)
+    ready = _prepared(q, shape)
+    if by_value:
+        ready = Prepared(ready.scores, *(x.new_empty(0) for x in ready[1:]))
+    return torch.empty_like(v), torch.empty_like(start), states, *ready
 
 
 @_scan_backward.register_fake
@@ -594,23 +901,25 @@ def _(dy: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor 
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, log_a, _, code, ctx.diagonal, _ = inputs
+    q, k, v, log_a, _, code, ctx.diagonal, _, ctx.by_value = inputs
     ctx.save_for_backward(q, k, v, log_a, code, *output[2:])
 
 
 def _back(ctx: Any, dy: Tensor, dlast: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    *grads, dstart = _scan_backward(dy.contiguous(), dlast.contiguous(), *ctx.saved_tensors, ctx.diagonal)
+    *grads, dstart = _scan_backward(dy.contiguous(), dlast.contiguous(), *ctx.saved_tensors, ctx.diagonal, ctx.by_value)
     if ctx.saved_tensors[3] is None:
         grads[3] = None
-    return *grads, dstart, None, None, None
+    return *grads, dstart, None, None, None, None
 
 
 _scan.register_autograd(_back, setup_context=_keep)
 
 
 def launch(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, start: Tensor, code: Tensor | None, *,
-           diagonal: bool = True) -> tuple[Tensor, Tensor]:
-    """y and the last state, with gradients where a stream asks for one."""
+           diagonal: bool = True, by_value: bool = False) -> tuple[Tensor, Tensor]:
+    """y and the last state, with gradients where a stream asks for one. The axis of the state that a walk holds whole, that of
+    keys, or of values where these decay (`by_value`), has at most WIDEST channels; queries and keys have H heads where decays
+    are per channel; `start` and the last state are [B, H, K, V], or [B, H, V, K] with `by_value`."""
     streams = [x for x in (q, k, v, log_a, start) if x is not None]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in streams)
-    return _scan(q, k, v, log_a, start, code, diagonal, save)[:2]
+    return _scan(q, k, v, log_a, start, code, diagonal, save, by_value)[:2]

@@ -12,7 +12,7 @@ from seqloom.core import use_form
 from seqloom.kernels import delta_scan
 from seqloom.laws.exact import layer_of
 from seqloom.mixers import DeltaNet, DeltaProduct, GatedDeltaNet
-from seqloom.tasks.state_tracking import elements, running_product
+from seqloom.tasks.synthetic.state_tracking import elements, running_product
 
 
 def transition_norm(*, steps: int = 3, dim: int = 8, tokens: int = 1000) -> float:

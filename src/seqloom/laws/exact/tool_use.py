@@ -8,8 +8,8 @@ import torch
 
 from seqloom.mixers import GRU
 from seqloom.models import Block, Stack
-from seqloom.tasks import IGNORE
-from seqloom.tasks.tools import CARRY, ID, STOP, WORDS, Addition, AdditionTool, generate_trajectory
+from seqloom.tasks import IGNORE, Addition, generate_trajectory
+from seqloom.tasks.tools.addition import CARRY, ID, STOP, WORDS, AdditionTool
 
 SIZES = {"addition": (1, 2, 5, 50, 1000), "multiplication": (1, 5, 30), "search": (3, 10, 40), "hanoi": (1, 2, 3, 6, 10)}
 
