@@ -472,8 +472,12 @@ def test_donate_writes_in_place_and_state_bytes_allocate_nothing():
 
 def test_shared_parameters_are_made_once():
     ctx = BuildContext(dim=4, depth=3)
-    made = [ctx.at(i).shared("bounds", lambda: nn.Linear(2, 2)) for i in range(3)]
+    users = [nn.Module() for _ in range(3)]
+    made = [ctx.at(i).shared("bounds", lambda: nn.Linear(2, 2), user) for i, user in enumerate(users)]
     assert made[0] is made[1] is made[2] and len(list(ctx.store.parameters())) == 2
+    assert all(user.bounds is made[0] for user in users)  # outside of a stack each owns it: it is moved and trained with it
+    inside, user = BuildContext(dim=4, depth=3, stack_owns=True), nn.Module()
+    assert inside.shared("bounds", lambda: nn.Linear(2, 2), user) is inside.store["bounds"] and not list(user.parameters())
     assert ctx.at(2).layer == 2 and ctx.at(2).depth == 3
 
 

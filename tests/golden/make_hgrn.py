@@ -36,5 +36,6 @@ write(
         "g_norm.bias": shift,
         "o_proj.weight": w_o,
         "o_proj.bias": b_o,
+        "hgrn_lower_bounds.logits": rand(1, DIM),  # no layer lies below the only one: its bound is 0 whatever these are
     },
 )

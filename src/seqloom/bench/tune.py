@@ -48,7 +48,8 @@ def search(table: MutableMapping, key: Any, measure: Callable[[], tuple[float, A
     except Exception as error:
         raise BadInput(f"the tiles in force for {key} do not run here: {str(error).splitlines()[0]}") from error
     best = first
-    for name, field in [(name, field) for name in table[key]._fields for field in getattr(table[key], name)._fields]:
+    places = [(each, field) for each in table[key]._fields for field in getattr(table[key], each)._fields]
+    for name, field in places:
         for tile in list(changes(getattr(table[key], name), field)):
             if time.perf_counter() > deadline:
                 told("out of time: what was found so far is kept")

@@ -12,18 +12,22 @@ from torch import nn
 class BuildContext:
     """dim: model width D. layer: index from 0. depth: number of layers. `shared` is the only way to share parameters.
 
-    `shared(key, make)` returns the same module to every layer that asks for `key`, built by the first that does.
-    The stack owns what was made (`ctx.store`), so that it is saved, moved and optimised once.
+    `shared(key, make, layer)` returns the same module to every layer that asks for `key`, built by the first that does.
+    A stack owns what was made (`stack_owns`, `store`), so that it is saved, moved and optimised once; a layer built
+    outside of one owns it itself.
     """
 
     dim: int
     layer: int = 0
     depth: int = 1
     store: nn.ModuleDict = field(default_factory=nn.ModuleDict)
+    stack_owns: bool = False
 
-    def shared(self, key: str, make: Callable[[], nn.Module]) -> nn.Module:
+    def shared(self, key: str, make: Callable[[], nn.Module], layer: nn.Module) -> nn.Module:
         if key not in self.store:
             self.store[key] = make()
+        if not self.stack_owns:
+            layer.add_module(key, self.store[key])
         return self.store[key]
 
     def at(self, layer: int) -> BuildContext:

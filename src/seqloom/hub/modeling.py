@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -35,7 +36,11 @@ from seqloom.hub.cache import SeqloomCache
 from seqloom.hub.config import SeqloomConfig
 from seqloom.hub.edge import across_samples, segments_of
 from seqloom.models.heads import PooledHead, TokenHead
+from seqloom.models.heads.tokens import TokenHeadLayer
 from seqloom.models.sequence import SequenceModelLayer
+from seqloom.objectives.next_token import IGNORE, linear_cross_entropy
+
+LARGE = 2**28  # scores of a training step, from which on they are not kept: 1 GiB in float32, three with their gradient
 
 
 @dataclass
@@ -297,6 +302,7 @@ class _OverTheVocabulary(SeqloomPreTrainedModel):
     """A score for every entry of the vocabulary at every token. `parts` are layers to use in place of new ones."""
 
     _tied_weights_keys = {"lm_head.weight": "model.stem.weight"}
+    skip_logits: bool | None = None  # whether a call with labels returns no logits; None: in training, where they are LARGE
 
     def __init__(self, config: SeqloomConfig, parts: Any = None):
         spec = config.spec
@@ -306,6 +312,36 @@ class _OverTheVocabulary(SeqloomPreTrainedModel):
         self.model = SeqloomModel(config, parts)
         self.lm_head = _made(config.spec.head.build, config.hidden_size, self.model.stem) if parts is None else parts.head
         self.post_init()
+
+    def _scored(self, hidden: Tensor, labels: Tensor | None, out: SeqloomOutput, *, skip_logits: bool | None = None,
+                **kwargs: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Scores of `hidden` and the loss of `labels`. Where scores are skipped they are None, and the same loss is made by
+        blocks of tokens; a head that was replaced or wrapped, and a loss of one's own, need them and get them.
+        """
+        if labels is None:
+            return self.lm_head(hidden), None
+        vocab = self.config.vocab_size
+        if skip_logits is None:
+            skip_logits = self.skip_logits
+        if skip_logits is None:
+            skip_logits = self.training and hidden.shape[:-1].numel() * vocab >= LARGE
+        targets = labels if kwargs.get("shift_labels") is None else kwargs["shift_labels"]
+        if not (skip_logits and self._plain_head() and targets.shape == hidden.shape[:-1]
+                and kwargs.get("ignore_index", IGNORE) == IGNORE):
+            logits = self.lm_head(hidden)
+            return logits, _added(self.loss_function(logits=logits, labels=labels, vocab_size=vocab, **kwargs), out)
+        if targets is labels and self.loss_function is ForCausalLMLoss:
+            targets = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE)
+        targets, count = targets.flatten().to(hidden.device), kwargs.get("num_items_in_batch")
+        loss = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets)
+        count = (targets != IGNORE).sum() if count is None else torch.as_tensor(count, device=loss.device)
+        return None, _added((loss / count).float(), out)  # as transformers has it
+
+    def _plain_head(self) -> bool:
+        """Is the head the linear map it was built as, whole and here, under transformers' own loss?"""
+        head = self.lm_head
+        return (type(head) is TokenHeadLayer and type(head.weight) is nn.Parameter and head.weight.ndim == 2
+                and not hasattr(head, "_hf_hook") and self.loss_function in (ForCausalLMLoss, ForMaskedLMLoss))
 
 
 class SeqloomForCausalLM(_OverTheVocabulary, GenerationMixin):
@@ -324,9 +360,10 @@ class SeqloomForCausalLM(_OverTheVocabulary, GenerationMixin):
                 inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
                 output_hidden_states: bool | None = None, logits_to_keep: int | Tensor = 0,
                 segments: Tensor | None = None, seq_idx: Tensor | None = None, cu_seq_lens_q: Tensor | None = None,
-                **kwargs: Any) -> CausalLMOutputWithPast:
+                skip_logits: bool | None = None, **kwargs: Any) -> CausalLMOutputWithPast:
         """labels [B, T] are shifted here: the score at t - 1 is for label t, and -100 is ignored, as is a label whose
         previous token belongs to another sample. logits_to_keep: score the last n tokens (0: all), or the given places.
+        skip_logits: with labels, make the loss by blocks of tokens and return no logits (None: `self.skip_logits`).
         """
         segments = self._segments(
             input_ids if inputs_embeds is None else inputs_embeds, segments=segments, past_key_values=past_key_values,
@@ -341,11 +378,9 @@ class SeqloomForCausalLM(_OverTheVocabulary, GenerationMixin):
             hidden = hidden[:, logits_to_keep]
         elif logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
-        logits, loss = self.lm_head(hidden), None
         if labels is not None:
             labels = across_samples(labels, segments)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            loss = _added(loss, out)
+        logits, loss = self._scored(hidden, labels, out, skip_logits=skip_logits, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
         )
@@ -377,16 +412,13 @@ class SeqloomForMaskedLM(_OverTheVocabulary):
                 position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
                 output_hidden_states: bool | None = None, segments: Tensor | None = None, seq_idx: Tensor | None = None,
                 cu_seq_lens_q: Tensor | None = None, **kwargs: Any) -> MaskedLMOutput:
-        """labels [B, T] stand where they are scored, -100 ignored."""
+        """labels [B, T] stand where they are scored, -100 ignored. skip_logits: as for a causal model."""
         out = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
             use_cache=False, output_hidden_states=output_hidden_states, segments=segments, seq_idx=seq_idx,
             cu_seq_lens_q=cu_seq_lens_q, return_dict=True,
         )
-        logits, loss = self.lm_head(out.last_hidden_state), None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            loss = _added(loss, out)
+        logits, loss = self._scored(out.last_hidden_state, labels, out, **kwargs)
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
 
 

@@ -15,8 +15,8 @@ diagonal counted once ([lion] section 3).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -154,8 +154,7 @@ def chunked(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[T
     start = v.new_zeros(batch, heads, key, v.shape[-1], dtype=wide) if state is None else state.to(wide)
     start = rearrange(start, "b (g r) k v -> b g k (r v)", g=groups)
     if log_a is not None and vector:
-        scan = _values if by_value else _channels
-        y, new, _ = scan(split(q), split(k), split(v), split(log_a), start.contiguous(), same, reads, diagonal)
+        y, new, _ = _channels(split(q), split(k), split(v), split(log_a), start.contiguous(), same, reads, diagonal, by_value)
     else:
         decay = None if log_a is None else rearrange(split(log_a[..., None]), "b n g c r -> b n g r c").contiguous()
         y, new = _Heads.apply(split(q), split(k), split(v), decay, start, same, reads, diagonal)
@@ -167,8 +166,8 @@ def chunked(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[T
 @gpu_only(torch.bfloat16, torch.float16)  # float32 faulted on an H100 in some shapes (Triton 3.6, tf32x3): not unasked
 def fused(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[Tensor, "b t h v"],
           log_a: Tensor | None = None, *, state: Float[Tensor, "b h k v"] | None = None,
-          segments: Segments | None = None, diagonal: bool = True, axis: Axis = "key") -> Mixed:
-    """As `chunked`, by Triton kernels: matrix products in the streams' dtype, sums and states in float32.
+          segments: Segments | None = None, diagonal: bool = True, axis: Axis = "key", wide: bool = False) -> Mixed:
+    """As `chunked`, by Triton kernels: matrix products in the streams' dtype, sums and states in float32, as is y if `wide`.
 
     Of the axis that decays (that of keys, where there is one decay per head or none) a kernel holds 256 channels: more are
     as many more heads, and what they read along keys is added.
@@ -197,12 +196,12 @@ def fused(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[Ten
         q, k, v = (repeat(q), repeat(k), cut(v)) if by_value else (cut(q), cut(k), repeat(v))
     q, k, v, start = (x.contiguous() for x in (q, k, v, start))
     y, new = decay_scan.launch(q, k, v, None if log_a is None else log_a.contiguous(), start, code, diagonal=diagonal,
-                               by_value=by_value)
+                               by_value=by_value, wide=wide)
     if parts > 1:
         y = (rearrange(y, "b t (h n) v -> b t h (n v)", n=parts)[..., :value] if by_value else
              y.unflatten(2, (groups, parts, shared)).sum(3).flatten(2, 3))
         new = rearrange(new, "b (g n r) k v -> b (g r) (n k) v", n=parts, g=groups)[:, :, :whole]
-    return Mixed(y.to(dtype), (new.mT if by_value else new).to(accumulator(dtype)))
+    return Mixed(y if wide else y.to(dtype), (new.mT if by_value else new).to(accumulator(dtype)))
 
 
 def bidirectional(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None = None, *, state: None = None,
@@ -372,22 +371,33 @@ def _advance(decay: Tensor, h: Tensor, start: Tensor) -> None:
 
 
 @torch.library.custom_op("seqloom::decay_scan_channels", mutates_args=(), schema=(
-    "(Tensor q, Tensor k, Tensor v, Tensor log_a, Tensor start, Tensor? same, Tensor? reads, bool diagonal)"
+    "(Tensor q, Tensor k, Tensor v, Tensor log_a, Tensor start, Tensor? same, Tensor? reads, bool diagonal, bool by_value)"
     " -> (Tensor, Tensor, Tensor)"))
 def _channels(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, start: Tensor, same: Tensor | None, reads: Tensor | None,
-              diagonal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Chunks [b n h c .] with one decay per key channel, which does not factor out of a product of queries and keys.
+              diagonal: bool, by_value: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Chunks [b n h c .] with one decay per key channel, or per value channel, log_a [b n g c (r v)].
 
-    Neighbouring blocks are joined again and again: a pair of tokens in two blocks that become one is weighted by the
-    decays from the first token's to its block's end, kept in the keys, and from the second block's start to the second
-    token, kept in the queries. Both are products of decays inside one block, and grow with it by one factor.
+    Neighbouring blocks are joined again and again: a pair of tokens in two blocks that become one is weighted by the decays
+    from the first token's to its block's end, and from the second block's start to the second token. Both are products of
+    decays inside one block, and grow with it by one factor. On the key axis they go into keys and queries. On the value axis
+    ([gated-slot-attention] Method 3) into values and outputs: products of queries and keys bear no weights, and the heads of
+    a group share them, whatever their decays.
     Returns y, the state after the last chunk and those before each. An operator, so that no compiler traces its many views.
     """
     with torch.autocast(q.device.type, enabled=False):
-        scores, late, early, whole, _ = _join(q, k, log_a.exp(), diagonal)
-        if same is not None and reads is not None:
-            scores = torch.where(same[:, :, None], scores, 0.0)
-            late, early, whole = _bound(late, early, whole, same, reads)
+        a = log_a.exp()
+        if by_value:
+            scores = _inside(q @ k.mT, same, diagonal)
+            y = scores.diagonal(dim1=-2, dim2=-1)[..., None] * v
+            late, early, whole = a.clone(), v.clone(), a
+            for level in _levels(late, early, a):
+                y.unflatten(-2, (-1, 2, level.size))[..., 1, :, :].addcmul_(
+                    level.right, _corner(scores, level.size) @ level.left)
+                whole = level.first * level.second
+            late, early, whole = _bound(late, early, whole[..., 0, :], same, reads)
+            before, new = _carry(whole[..., None, :], k.mT @ early, start)
+            return y.addcmul_(late, q @ before), new, before
+        scores, late, early, whole, _ = _join(q, k, a, same, reads, diagonal)
         before, new = _carry(whole[..., None], early.mT @ v, start)
         return (scores @ v).add_(late @ before), new, before
 
@@ -399,33 +409,37 @@ def _(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, start: Tensor, *rest: Any)
 
 @torch.library.custom_op("seqloom::decay_scan_channels_backward", mutates_args=(), schema=(
     "(Tensor dy, Tensor dnew, Tensor q, Tensor k, Tensor v, Tensor log_a, Tensor before, Tensor? same, Tensor? reads,"
-    " bool diagonal) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"))
+    " bool diagonal, bool by_value) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"))
 def _channels_backward(dy: Tensor, dnew: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, before: Tensor,
-                       same: Tensor | None, reads: Tensor | None,
-                       diagonal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_a and start in `_channels`."""
+                       same: Tensor | None, reads: Tensor | None, diagonal: bool,
+                       by_value: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_a and start in `_channels`.
+
+    sum_ij dy_i' y_ij = sum_ij (q_i' k_j) (dy_i' W_ij v_j) on the value axis is the same on the key axis with the roles
+    exchanged: queries dy, keys v, values k, outputs' gradients q. What was the gradient of values is then that of keys, and
+    the outputs are the gradient of queries.
+    """
     with torch.autocast(q.device.type, enabled=False):
+        if by_value:
+            q, k, v, dy, before, dnew = dy, v, k, q, before.mT, dnew.mT
         a = log_a.exp()
-        scores, late, early, whole, levels = _join(q, k, a, diagonal, keep=True)
-        if same is not None and reads is not None:
-            scores = torch.where(same[:, :, None], scores, 0.0)
-            late, early, whole = _bound(late, early, whole, same, reads)
+        scores, late, early, whole, levels = _join(q, k, a, same, reads, diagonal, keep=True)
         after, dstart = _carry(whole.flip(1)[..., None], (late.mT @ dy).flip(1), dnew)
         after = after.flip(1)
+        y = (scores @ v).add_(late @ before) if by_value else None
         dv = (scores.mT @ dy).add_(early @ after)
         dscores = dy @ v.mT
-        dlate, dearly, dwhole = dy @ before.mT, v @ after.mT, (before * after).sum(-1)
-        if same is not None and reads is not None:
+        own = dscores.diagonal(dim1=-2, dim2=-1)[..., None].clone() if diagonal else None
+        if same is not None:
             dscores = torch.where(same[:, :, None], dscores, 0.0)
-            dlate, dearly, dwhole = _bound(dlate, dearly, dwhole, same, reads)
+        dlate, dearly, dwhole = _bound(dy @ before.mT, v @ after.mT, (before * after).sum(-1), same, reads)
         dq, dk, da = _part(dlate, dearly, dwhole, dscores, levels)
         da.add_(dq * q).mul_(a)
         dq.mul_(a)
-        if diagonal:
-            own = dscores.diagonal(dim1=-2, dim2=-1)[..., None]
+        if own is not None:
             dq.addcmul_(own, k)
             dk.addcmul_(own, q)
-        return dq, dk, dv, da, dstart
+        return (y, dv, dk, da, dstart.mT.contiguous()) if y is not None else (dq, dk, dv, da, dstart)
 
 
 @_channels_backward.register_fake
@@ -434,43 +448,66 @@ def _(dy: Tensor, dnew: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, 
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, log_a, _, same, reads, ctx.diagonal = inputs
+    q, k, v, log_a, _, same, reads, *ctx.how = inputs
     ctx.save_for_backward(q, k, v, log_a, output[2], same, reads)
 
 
 def _back(ctx: Any, dy: Tensor, dnew: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    return *_channels_backward(dy.contiguous(), dnew.contiguous(), *ctx.saved_tensors, ctx.diagonal), None, None, None
+    return *_channels_backward(dy.contiguous(), dnew.contiguous(), *ctx.saved_tensors, *ctx.how), None, None, None, None
 
 
 _channels.register_autograd(_back, setup_context=_keep)
 
 
-def _join(q: Tensor, k: Tensor, a: Tensor, diagonal: bool, keep: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, list]:
-    """Scores [b n h i j] inside chunks, q times the decays since the chunk's start, k times those until its end, and the
-    decay over all of it [b n h k]; with `keep`, what each level multiplied, for `_part`."""
-    chunk = q.shape[-2]
-    scores = q.new_zeros(*q.shape[:-1], chunk)
-    if diagonal:
-        scores.diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
-    late, early, whole, levels, size = q * a, k.clone(), a, [], 1
-    while size < chunk:
+class Level(NamedTuple):
+    """Two blocks of `size` tokens about to become one: of all pairs of blocks, what is late and early [.. blocks size k] of the
+    second and of the first, views, and the decay over each [.. blocks k]."""
+
+    size: int
+    right: Tensor
+    left: Tensor
+    first: Tensor
+    second: Tensor
+
+
+def _levels(late: Tensor, early: Tensor, whole: Tensor) -> Iterator[Level]:
+    """Every level. After it late [.. c k], decays since each block's start, gains those of the first block, early those of the
+    second, in place: at the end both are of the whole chunk."""
+    size = 1
+    while size < late.shape[-2]:
         right, left = (x.unflatten(-2, (-1, 2, size))[..., i, :, :] for x, i in ((late, 1), (early, 0)))
         first, second = whole.unflatten(-2, (-1, 2)).unbind(-2)
-        _corner(scores, size).copy_(right @ left.mT)
-        if keep:
-            levels.append((right.clone(), left.clone(), first, second))
+        yield Level(size, right, left, first, second)
         right.mul_(first[..., None, :])
         left.mul_(second[..., None, :])
         whole = first * second
         size *= 2
-    return scores, late, early, whole[..., 0, :], levels
 
 
-def _part(dlate: Tensor, dearly: Tensor, dwhole: Tensor, dscores: Tensor, levels: list) -> tuple[Tensor, Tensor, Tensor]:
+def _join(q: Tensor, k: Tensor, a: Tensor, same: Tensor | None, reads: Tensor | None, diagonal: bool,
+          keep: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Level]]:
+    """Scores [b n h i j] inside chunks, q times the decays since the chunk's start where it reads what enters, k times those
+    until its end where it is among what leaves, the decay over all of it [b n h k], and with `keep` the levels, for `_part`."""
+    chunk = q.shape[-2]
+    scores = q.new_zeros(*q.shape[:-1], chunk)
+    if diagonal:
+        scores.diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
+    late, early, whole, levels = q * a, k.clone(), a, []
+    for level in _levels(late, early, a):
+        _corner(scores, level.size).copy_(level.right @ level.left.mT)
+        whole = level.first * level.second
+        if keep:
+            levels.append(level._replace(right=level.right.clone(), left=level.left.clone()))
+    if same is not None:
+        scores = torch.where(same[:, :, None], scores, 0.0)
+    return scores, *_bound(late, early, whole[..., 0, :], same, reads), levels
+
+
+def _part(dlate: Tensor, dearly: Tensor, dwhole: Tensor, dscores: Tensor,
+          levels: list[Level]) -> tuple[Tensor, Tensor, Tensor]:
     """The adjoint of `_join` at its first level: gradients of q a and k (in place of dlate and dearly), and of a."""
     dwhole = dwhole[..., None, :]
-    for right, left, first, second in reversed(levels):
-        size = right.shape[-2]
+    for size, right, left, first, second in reversed(levels):
         dright, dleft = (x.unflatten(-2, (-1, 2, size))[..., i, :, :] for x, i in ((dlate, 1), (dearly, 0)))
         dcross = _corner(dscores, size).contiguous()
         parts = torch.stack([dwhole * second + (dright * right).sum(-2), dwhole * first + (dleft * left).sum(-2)], -2)
@@ -480,109 +517,10 @@ def _part(dlate: Tensor, dearly: Tensor, dwhole: Tensor, dscores: Tensor, levels
     return dlate, dearly, dwhole
 
 
-@torch.library.custom_op("seqloom::decay_scan_values", mutates_args=(), schema=(
-    "(Tensor q, Tensor k, Tensor v, Tensor log_a, Tensor start, Tensor? same, Tensor? reads, bool diagonal)"
-    " -> (Tensor, Tensor, Tensor)"))
-def _values(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, start: Tensor, same: Tensor | None, reads: Tensor | None,
-            diagonal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Chunks [b n g c .] with one decay per value channel, log_a [b n g c (r v)].
-
-    The products of queries and keys bear no weights, so that the heads of a group share them, whatever their decays. The
-    weights go on what they multiply: where two blocks are joined, on values until the first one's end and on outputs since
-    the second one's start ([gated-slot-attention] Method 3; decays of value channels are products as in `_channels`).
-    Returns y, the state after the last chunk and those before each.
-    """
-    with torch.autocast(q.device.type, enabled=False):
-        y, late, early, whole, _ = _spread(_inside(q @ k.mT, same, diagonal), v, log_a.exp())
-        if same is not None and reads is not None:
-            late, early, whole = _bound(late, early, whole, same, reads)
-        before, new = _carry(whole[..., None, :], k.mT @ early, start)
-        return y.addcmul_(late, q @ before), new, before
-
-
-@_values.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, start: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return torch.empty_like(v), torch.empty_like(start), v.new_empty(*v.shape[:3], k.shape[-1], v.shape[-1])
-
-
-@torch.library.custom_op("seqloom::decay_scan_values_backward", mutates_args=(), schema=(
-    "(Tensor dy, Tensor dnew, Tensor q, Tensor k, Tensor v, Tensor log_a, Tensor before, Tensor? same, Tensor? reads,"
-    " bool diagonal) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"))
-def _values_backward(dy: Tensor, dnew: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, before: Tensor,
-                     same: Tensor | None, reads: Tensor | None,
-                     diagonal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_a and start in `_values`."""
-    with torch.autocast(q.device.type, enabled=False):
-        a, scores = log_a.exp(), _inside(q @ k.mT, same, diagonal)
-        _, late, early, whole, levels = _spread(scores, v, a, keep=True)
-        if same is not None and reads is not None:
-            late, early, whole = _bound(late, early, whole, same, reads)
-        outer = late * dy
-        after, dstart = _carry(whole.flip(1)[..., None, :], (q.mT @ outer).flip(1), dnew)
-        after = after.flip(1)
-        dlate, dearly, dwhole = dy * (q @ before), k @ after, (before * after).sum(-2)
-        if same is not None and reads is not None:
-            dlate, dearly, dwhole = _bound(dlate, dearly, dwhole, same, reads)
-        da, dv, dscores = _collect(dlate, dearly, dwhole, scores, dy, levels)
-        dscores.diagonal(dim1=-2, dim2=-1).copy_((dy * v).sum(-1))
-        dv.addcmul_(scores.diagonal(dim1=-2, dim2=-1)[..., None], dy)
-        dscores = _inside(dscores, same, diagonal)
-        dq = (outer @ before.mT).add_(dscores @ k)
-        dk = (early @ after.mT).add_(dscores.mT @ q)
-        return dq, dk, dv, da.mul_(a), dstart
-
-
-@_values_backward.register_fake
-def _(dy: Tensor, dnew: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return *(torch.empty_like(x) for x in (q, k, v, log_a)), torch.empty_like(dnew)
-
-
-def _back_values(ctx: Any, dy: Tensor, dnew: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    return *_values_backward(dy.contiguous(), dnew.contiguous(), *ctx.saved_tensors, ctx.diagonal), None, None, None
-
-
-_values.register_autograd(_back_values, setup_context=_keep)
-
-
 def _inside(scores: Tensor, same: Tensor | None, diagonal: bool) -> Tensor:
     """Scores [b n g i j], in place: 0 where causality or a boundary forbids the pair."""
     scores = scores.tril_(0 if diagonal else -1)
     return scores if same is None else scores.masked_fill_(~same[:, :, None], 0.0)
-
-
-def _spread(scores: Tensor, v: Tensor, a: Tensor, keep: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, list]:
-    """y [b n g c v] = sum_j scores_ij (product of a over s = j+1..i) v_j by joining blocks in pairs, the decays since the
-    chunk's start, v times those until its end, and the decay over all of it [b n g v]; with `keep`, what each level
-    multiplied, for `_collect`."""
-    y = scores.diagonal(dim1=-2, dim2=-1)[..., None] * v
-    late, early, whole, levels, size = a.clone(), v.clone(), a, [], 1
-    while size < v.shape[-2]:
-        right, left = (x.unflatten(-2, (-1, 2, size))[..., i, :, :] for x, i in ((late, 1), (early, 0)))
-        first, second = whole.unflatten(-2, (-1, 2)).unbind(-2)
-        y.unflatten(-2, (-1, 2, size))[..., 1, :, :].addcmul_(right, _corner(scores, size) @ left)
-        if keep:
-            levels.append((right.clone(), left.clone(), first, second))
-        right.mul_(first[..., None, :])
-        left.mul_(second[..., None, :])
-        whole = first * second
-        size *= 2
-    return y, late, early, whole[..., 0, :], levels
-
-
-def _collect(dlate: Tensor, dearly: Tensor, dwhole: Tensor, scores: Tensor, dy: Tensor,
-             levels: list) -> tuple[Tensor, Tensor, Tensor]:
-    """The adjoint of `_spread` at its first level: gradients of a and v (in place of dlate and dearly), and of the scores."""
-    dwhole, dscores = dwhole[..., None, :], torch.zeros_like(scores)
-    for right, left, first, second in reversed(levels):
-        size = right.shape[-2]
-        dright, dleft, out = (x.unflatten(-2, (-1, 2, size))[..., i, :, :] for x, i in ((dlate, 1), (dearly, 0), (dy, 1)))
-        parts = torch.stack([dwhole * second + (dright * right).sum(-2), dwhole * first + (dleft * left).sum(-2)], -2)
-        dwhole = parts.flatten(-3, -2)
-        cross, outer = _corner(scores, size), out * right
-        _corner(dscores, size).copy_(outer @ left.mT)
-        dright.mul_(first[..., None, :]).addcmul_(out, cross @ left)
-        dleft.mul_(second[..., None, :]).add_(cross.mT @ outer)
-    return dlate.add_(dwhole), dearly, dscores
 
 
 def _corner(scores: Tensor, size: int) -> Tensor:
@@ -591,8 +529,11 @@ def _corner(scores: Tensor, size: int) -> Tensor:
     return blocks.movedim(-1, -3)[..., size:, :size]
 
 
-def _bound(late: Tensor, early: Tensor, whole: Tensor, same: Tensor, reads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _bound(late: Tensor, early: Tensor, whole: Tensor, same: Tensor | None,
+           reads: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Late tokens read the incoming state, early ones write the outgoing one, and it lives on: where no boundary is between."""
+    if same is None or reads is None:
+        return late, early, whole
     masks = reads[:, :, None, :, None], same[:, :, None, -1, :, None], reads[:, :, None, -1:]
     late, early, whole = (torch.where(mask, x, 0.0) for mask, x in zip(masks, (late, early, whole), strict=True))
     return late, early, whole

@@ -76,11 +76,7 @@ def build(case: Case, *, dtype: torch.dtype = torch.float64, device: str = "cpu"
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(f"{case.name} {seed}".encode()))
-        context = BuildContext(dim=WIDTH, layer=1, depth=2)
-        layer = case.spec.build(context)
-    own = {id(parameter) for parameter in layer.parameters()}
-    if any(id(parameter) not in own for parameter in context.store.parameters()):
-        layer.add_module("_shared_by_context", context.store)  # so that it is perturbed, cast and differentiated too
+        layer = case.spec.build(BuildContext(dim=WIDTH, layer=1, depth=2))
     layer = layer.to(torch.float64).eval()
     if noise:
         perturb(layer, case.name)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -85,18 +85,23 @@ class Passed(NamedTuple):
 def passes(form: Callable[..., Mixed], q: Float[Tensor, "b t h k"], k: Float[Tensor, "b t g k"], v: Float[Tensor, "b t g v"],
            log_a: Float[Tensor, "b t g m"], weigh: Callable[[Tensor], Tensor], *, state: Slots,
            segments: Segments | None = None) -> Passed:
-    """Two runs of `form` of the decay scan, `weigh` between them. Source: [gated-slot-attention] Method 3."""
+    """Two runs of `form` of the decay scan, `weigh` between them. Source: [gated-slot-attention] Method 3.
+
+    A form whose products are in the dtype of its streams gets 1 - a rounded to it, and leaves the logits in float32.
+    """
     heads, groups = q.shape[2], k.shape[2]
     if heads % groups:
         raise ValueError(f"{heads} query heads do not share {groups} sets of slots; use a number of sets that divides {heads}")
     if segments is not None:  # before any arithmetic: NaN at a pad would reach the gradient of 1 - a
         q, k, v, log_a = (segments.hold(x) for x in (q, k, v, log_a))
     log_a = log_a.to(accumulator(v.dtype))
-    new = -log_a.expm1()
+    new, wide = -log_a.expm1(), {}
+    if form is decay_scan.fused:
+        new, wide = new.to(v.dtype), {"wide": True}
     repeat = lambda x, dim: x if heads == groups else x.repeat_interleave(heads // groups, dim)  # noqa: E731
     k, v, log_a, new = (repeat(x, 2) for x in (k, v, log_a, new))
     start = Slots(*(repeat(x, 1) for x in state))
-    found, keys, _ = form(q, k, new, log_a, state=start.keys, segments=segments, axis="value")
+    found, keys, _ = form(q, k, new, log_a, state=start.keys, segments=segments, axis="value", **wide)
     y, values, _ = form(weigh(found), new, v, log_a, state=start.values, segments=segments)
     if heads > groups:  # heads that share slots have written the same
         keys, values = (x[:, :: heads // groups].clone() for x in (keys, values))
@@ -106,6 +111,7 @@ def passes(form: Callable[..., Mixed], q: Float[Tensor, "b t h k"], k: Float[Ten
 def two_passes(form: Callable[..., Mixed]) -> Callable[..., Mixed]:
     """`form` of the decay scan as a form of gated slots, with the streams of `recurrent`."""
 
+    @wraps(form, assigned=())
     def run(*streams: Tensor, state: Slots, segments: Segments | None = None, scale: float = 1.0,
             read: str = "softmax") -> Mixed:
         y, slots, _ = passes(form, *streams, lambda found: READS[read](scale * found), state=state, segments=segments)
@@ -114,7 +120,8 @@ def two_passes(form: Callable[..., Mixed]) -> Callable[..., Mixed]:
     return run
 
 
-FORMS = {"recurrent": recurrent, "chunked": two_passes(decay_scan.chunked), "parallel": two_passes(decay_scan.parallel)}
+FORMS = {"recurrent": recurrent, "chunked": two_passes(decay_scan.chunked), "parallel": two_passes(decay_scan.parallel),
+         "fused": two_passes(decay_scan.fused)}
 FEATURES = {"silu": F.silu, "relu": F.relu, "t2r": F.relu, "none": lambda x: x}
 
 

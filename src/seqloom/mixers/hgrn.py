@@ -178,7 +178,7 @@ class HGRNLayer(Mixer):
         if spec.lower_bounds != "none":
             # owned by the stack: in a tuple it is not registered here a second time
             name = "hgrn_lower_bounds" + (f"_{spec.expand}" if spec.expand > 1 else "")  # one matrix per width in a stack
-            self._bounds = (ctx.shared(name, partial(LowerBounds, ctx.depth, inner)),)
+            self._bounds = (ctx.shared(name, partial(LowerBounds, ctx.depth, inner), self),)
 
     def mix(self, x: Tensor, cells: Cells | None, place: Placement, info: Info, donate: bool) -> tuple[Tensor, Any, dict]:
         wide = accumulator(x.dtype)

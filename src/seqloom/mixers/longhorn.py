@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -43,7 +43,8 @@ from seqloom.parts import ShortConv
 
 WHOLE, SINGLE = 64, 16  # tokens of a chunk of the exact update: its weights are C x C a head, which may be one channel
 
-DIAGONAL = {"recurrent": selective_scan.recurrent, "chunked": selective_scan.chunked, "parallel": selective_scan.parallel}
+DIAGONAL = {"recurrent": selective_scan.recurrent, "chunked": selective_scan.chunked, "parallel": selective_scan.parallel,
+            "fused": selective_scan.fused}
 
 
 def step_size(beta: Float[Tensor, "b t h"], k: Float[Tensor, "b t n"]) -> Float[Tensor, "b t h"]:
@@ -54,6 +55,7 @@ def step_size(beta: Float[Tensor, "b t h"], k: Float[Tensor, "b t n"]) -> Float[
 def _additive(form: Callable[..., Mixed]) -> Callable[..., Mixed]:
     """`form` with a decay of exp(0) = 1: S_t = S_{t-1} + (D_t x_t) k_t'."""
 
+    @wraps(form, assigned=())
     def run(x: Tensor, step: Tensor, k: Tensor, q: Tensor, *, A: None, **options: Any) -> Mixed:
         still = torch.zeros(x.shape[-1], k.shape[-1], dtype=accumulator(x.dtype), device=x.device)
         return form(x, step, k, q, A=still, **options)
@@ -94,7 +96,6 @@ def _chunked(q: Tensor, k: Tensor, v: Tensor, step: Tensor, *, state: Tensor, se
 ADDITIVE = {name: _additive(form) for name, form in DIAGONAL.items()}
 if selective_scan.has_native():
     ADDITIVE["native"] = _additive(selective_scan.native)
-    ADDITIVE["native"].devices = selective_scan.native.devices  # type: ignore[attr-defined]
 EXACT = {
     "recurrent": _exact(partial(scan, delta_scan.step)),
     "chunked": _exact(_chunked),

@@ -28,7 +28,8 @@ from seqloom.kernels import selective_scan
 from seqloom.parts import RMSNorm, ShortConv
 from seqloom.parts.init import step_bias
 
-FORMS = {"recurrent": selective_scan.recurrent, "chunked": selective_scan.chunked, "parallel": selective_scan.parallel}
+FORMS = {"recurrent": selective_scan.recurrent, "chunked": selective_scan.chunked, "parallel": selective_scan.parallel,
+         "fused": selective_scan.fused}
 # compiled for the CPU where numba is installed (pip install 'seqloom[native]'), for Euler's rule
 NATIVE = {**FORMS, "native": selective_scan.native} if selective_scan.has_native() else FORMS
 Stream = Literal["dt", "B", "C"]

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -94,6 +94,7 @@ def by_parts(form: Callable[..., Mixed], attend: Callable[..., Partial]) -> Call
     """Slots by two passes of `form` of the decay scan over streams that come W tokens late, the window by a form `attend` of
     softmax attention, joined by their log-sum-exps. Streams as those of `recurrent`."""
 
+    @wraps(form, assigned=())
     def run(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, *, state: Cells | None, window: int, scale: float, unwritten: str,
             rope: Rope | None, segments: Segments | None = None) -> Mixed:
         dtype, wide, tokens = v.dtype, accumulator(v.dtype), q.shape[1]
@@ -120,8 +121,12 @@ def by_parts(form: Callable[..., Mixed], attend: Callable[..., Partial]) -> Call
         left = torch.where(near.run == 0, cells.count[:, None], 0) + near.position >= window
         with torch.autocast(q.device.type, enabled=False):
             q = q.to(wide)
-            far, slots, found = gated_slot.passes(form, q, late.keys.to(wide), late.values.to(wide), late.log_a,
-                                                  lambda found: (scale * found).softmax(-1), state=cells.slots, segments=packed)
+            given = (q, late.keys.to(wide), late.values.to(wide))
+            if form is decay_scan.fused:  # its products are in the dtype of its streams
+                given = tuple(x.to(dtype) for x in given)
+            far, slots, found = gated_slot.passes(form, *given, late.log_a, lambda found: (scale * found).softmax(-1),
+                                                  state=cells.slots, segments=packed)
+            far = far.to(wide)
             lse = (scale * found).logsumexp(-1)
             lse = lse if unwritten == "sink" else torch.where(left[..., None], lse, -torch.inf)
             parts = [Partial(far, lse)]
@@ -189,6 +194,7 @@ FORMS = {
     "recurrent": recurrent,
     "chunked": by_parts(decay_scan.chunked, softmax.chunked),
     "parallel": by_parts(decay_scan.parallel, softmax.matrix),
+    "fused": by_parts(decay_scan.fused, softmax.chunked),
 }
 
 

@@ -25,7 +25,8 @@ from seqloom.core.mixer import accumulator
 from seqloom.kernels import selective_scan
 
 # not the compiled form of the kernel, which takes A <= 0 only
-FORMS = {"recurrent": selective_scan.recurrent, "chunked": selective_scan.chunked, "parallel": selective_scan.parallel}
+FORMS = {"recurrent": selective_scan.recurrent, "chunked": selective_scan.chunked, "parallel": selective_scan.parallel,
+         "fused": selective_scan.fused}
 
 
 @dataclass(frozen=True, kw_only=True)

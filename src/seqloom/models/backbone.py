@@ -95,7 +95,7 @@ class StackLayer(nn.Module):
     def __init__(self, spec: Stack):
         super().__init__()
         self.spec = spec
-        ctx = BuildContext(dim=spec.dim, depth=len(spec.blocks))
+        ctx = BuildContext(dim=spec.dim, depth=len(spec.blocks), stack_owns=True)
         self.blocks = nn.ModuleList(block.build(ctx.at(i)) for i, block in enumerate(spec.blocks))
         self.shared = ctx.store
         self.norm = make_norm(spec.norm, spec.dim, spec.norm_eps)

@@ -95,16 +95,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 share = torch.softmax(scores, -1)
                 log_sum = scores.amax(-1, keepdim=True) - share.amax(-1, keepdim=True).log()
                 total += torch.where(keep, (log_sum - scores.gather(1, index))[:, 0], 0.0).sum()
-                del scores  # before the next block comes into being, as is `share` below
+                del scores  # as `share` below: before the next block comes into being
                 if wants_hidden or wants_weight:
                     # selections: what stands at a row that is not asked, NaN included, moves nothing
                     slope = share.scatter_add_(1, index, torch.full_like(log_sum, -1.0)).masked_fill_(~keep[:, None], 0.0)
-                    slope, share = slope.to(hidden.dtype), None
+                    slope = slope.to(hidden.dtype)
+                    del share
                     if wants_hidden:
                         dhidden[start : start + chunk] = slope @ table
                     if wants_weight:
                         rows = torch.where(keep[:, None], rows, 0.0)
-                        dweight = torch.addmm(dweight, slope.T, rows, out=dweight) if rows.dtype == wide else dweight.add_(slope.T @ rows)
+                        if rows.dtype == wide:
+                            dweight.addmm_(slope.T, rows)
+                        else:
+                            dweight += slope.T @ rows
                     del slope
         ctx.save_for_backward(dhidden, dweight)
         ctx.weight_dtype = weight.dtype

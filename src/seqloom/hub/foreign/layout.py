@@ -77,9 +77,12 @@ class Tensors:
 
     def take(self, name: str) -> Tensor:
         if name not in self.tensors:
-            raise BadInput(f"{self.owner} has no tensor {name}, which its config.json calls for")
+            raise self.lack(name)
         self.left.discard(name)
         return self.tensors[name]
+
+    def lack(self, names: str) -> BadInput:
+        return BadInput(f"{self.owner} has no tensor {names}, which its config.json calls for")
 
     def drop(self, *endings: str) -> None:
         """Leave out tensors that say nothing which the configuration does not."""
@@ -95,8 +98,10 @@ class Tensors:
         if callable(source):
             source = source(mixer)
         if isinstance(source, list):
-            has = lambda each: all(name in self for name in _full(each, prefix, rest))  # noqa: E731
-            source = next((each for each in source if has(each)), source[0])
+            lacking = [[name for name in _full(each, prefix, rest) if name not in self] for each in source]
+            if all(lacking):
+                raise self.lack(" or ".join(names[0] for names in lacking))
+            source = source[lacking.index([])]
         parts = [self.take(name) for name in _full(source, prefix, rest)]
         if isinstance(source, Made):
             return source.make(parts, like, mixer)
@@ -147,8 +152,8 @@ def _tied(source: Tensors, spec: SequenceModel, names: Names, found: Mapping[str
     """A head that shares the embeddings may be stored as well, if it says the same."""
     head = f"{names.top.get('head')}.weight"
     if getattr(spec.head, "tie", False) and head in source and not torch.equal(source.take(head), found["stem.weight"]):
-        raise BadInput(f"{source.owner} ties the head to the embeddings (tie_word_embeddings), and its {head} differs from them; "
-                       "set it to false in config.json if the head is its own")
+        raise BadInput(f"{source.owner} ties the head to the embeddings (tie_word_embeddings), and its {head} differs "
+                       "from them; set it to false in config.json if the head is its own")
 
 
 # Ways to make a parameter ---------------------------------------------------------------------------------------------

@@ -460,7 +460,7 @@ def _channels(q_ptr, k_ptr, v_ptr, log_a_ptr, code_ptr, products_ptr, states_ptr
               QUERY: tl.constexpr, EXACT: tl.constexpr, STEEP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
               BV: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of one chunk and one block of its keys, with a decay per key channel: of q [B, T, H, K] with QUERY, of k and
-    log_a with ALL. What dy_i' v_j are is given, as `products`. With STEEP pair by pair; without, such blocks are left unwritten."""
+    log_a with ALL. What dy_i' v_j are is given, as `products`. With STEEP pair by pair; without, such blocks stay unwritten."""
     chunk = ((b * N + n) * H + h).to(tl.int64)
     i, d = tl.arange(0, C), block * BK + tl.arange(0, BK)
     inside, real, run, before, last, first = _place(code_ptr, b, n, T, SEG, C)
@@ -790,39 +790,39 @@ def _apply(left: Tensor, scores: Tensor, states: Tensor, right: Tensor, other: T
 
 def _gradients(q: Tensor | None, k: Tensor, v: Tensor | None, log_a: Tensor, dy: Tensor, products: Tensor, states: Tensor,
                adjoints: Tensor | None, ready: Prepared, code: Tensor | None, shape: Shape,
-               query: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and log_a with decays per channel, or of q alone where no adjoints are given."""
+               dq: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of k and log_a with decays per channel, or none where no adjoints are given; that of q goes to dq if there is
+    one."""
     every, (size, blocks), tile = adjoints is not None, shape.blocks, CONFIGS[shape.gate].gradient
-    dq, dk, dlog_a = (torch.empty_like(x) if wanted else x.new_empty(0) for x, wanted in
-                      ((k, query), (k, every), (log_a, every)))
+    dk, dlog_a = (torch.empty_like(x) if every else x.new_empty(0) for x in (k, log_a))
     streams = (q, k, v, log_a, code, products, states, adjoints, ready.whole, ready.steep, dy, dq, dk, dlog_a, shape.tokens,
                shape.heads, shape.key, shape.value, shape.chunks)
-    options = dict(ALL=every, QUERY=query, EXACT=shape.exact, BK=size, BV=_values(shape.value, tile.values, size),
+    options = dict(ALL=every, QUERY=dq is not None, EXACT=shape.exact, BK=size, BV=_values(shape.value, tile.values, size),
                    **shape.options(code, tile, size))
     _channels_kernel[(shape.chunks, shape.rows, blocks)](*streams, **options)
     sites = shape.chunks * shape.rows * blocks
     _steep_kernel[(triton.cdiv(sites, MANY),)](*streams, sites, blocks, MANY=MANY, **options)
-    return dq, dk, dlog_a
+    return dk, dlog_a
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, start: Tensor, code: Tensor | None, diagonal: bool,
-            save: bool, by_value: bool) -> tuple[Tensor, Tensor, Tensor, Prepared]:
+            save: bool, by_value: bool, wide: bool) -> tuple[Tensor, Tensor, Tensor, Prepared]:
     """y [B, T, H, V], the last state [B, H, K, V] in float32, the states [B, N, H, K, V] if `save`; on the value axis with K
     and V exchanged, as in `start`."""
-    shape = _shape(q, v, log_a, by_value)
-    if by_value:
+    shape, y = _shape(q, v, log_a, by_value), torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
+    if by_value and log_a is not None:
         plain = shape._replace(key=shape.value, value=shape.key, gate=0)  # products of queries and keys bear no decays
         scores = _prepare(q, k, None, code, plain, diagonal).scores
         ready = _prepare(None, v, log_a, code, shape, diagonal)
         states, last = _states(ready.early, k, ready, code, start, shape, False)
-        y = _gradients(None, v, None, log_a, q, scores, states, None, ready, code, shape, True)[0]
+        _gradients(None, v, None, log_a, q, scores, states, None, ready, code, shape, y)
         kept = Prepared(scores, *(x.new_empty(0) for x in ready[1:]))
         return y, last, states if save else states.new_empty(0), kept
     ready, tile = _prepare(q, k, log_a, code, shape, diagonal), CONFIGS[shape.gate].forward
     cut, bk = _cut(shape, tile), _keys(shape.key)
     left = ready.early if shape.gate == 2 else k
     ends = _ends(left, v, ready, code, start, shape, cut, False)
-    y, last = torch.empty_like(v), torch.empty_like(start)
+    last = torch.empty_like(start)
     states = v.new_empty([*shape.sites, shape.key, shape.value] if save else 0)
     _forward_kernel[(cut.blocks, shape.rows, cut.parts)](
         q, k, v, ready.late, ready.early, ready.whole, code, ready.scores, start, *ends, y, states, last, *shape.sizes,
@@ -839,14 +839,15 @@ def backward(dy: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: 
         adjoints, dstart = _states(ready.late, q, ready, code, dlast, shape, True)
         dq, _ = _apply(ready.late, ready.scores, states, k, None, ready, code, shape, False, diagonal)
         dk, _ = _apply(ready.early, ready.scores, adjoints, q, None, ready, code, shape, True, diagonal)
-        _, dv, dlog_a = _gradients(dy, v, k, log_a, q, products, states, adjoints, ready, code, shape, False)
+        dv, dlog_a = _gradients(dy, v, k, log_a, q, products, states, adjoints, ready, code, shape, None)
         return dq, dk, dv, dlog_a, dstart
     vector = shape.gate == 2
     adjoints, dstart = _states(ready.late if vector else q, dy, ready, code, dlast, shape, True)
     left, other = (ready.early, v) if vector else (k, None)
     dv, products = _apply(left, ready.scores, adjoints, dy, other, ready, code, shape, True, diagonal)
     if vector and log_a is not None:
-        dq, dk, dlog_a = _gradients(q, k, v, log_a, dy, products, states, adjoints, ready, code, shape, True)
+        dq = torch.empty_like(q)
+        dk, dlog_a = _gradients(q, k, v, log_a, dy, products, states, adjoints, ready, code, shape, dq)
         return dq, dk, dv, dlog_a, dstart
     dq, dk = (q.new_empty(shape.batch, shape.tokens, shape.heads, shape.key) for _ in range(2))
     dlog_a = None if log_a is None else torch.empty_like(log_a)
@@ -863,11 +864,11 @@ def backward(dy: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: 
 # Operators, so that torch.compile and torch.export pass through without a break -------------------------------------
 
 @torch.library.custom_op("seqloom::decay_scan_fused", mutates_args=(), schema=(
-    "(Tensor q, Tensor k, Tensor v, Tensor? log_a, Tensor start, Tensor? code, bool diagonal, bool save, bool by_value)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
+    "(Tensor q, Tensor k, Tensor v, Tensor? log_a, Tensor start, Tensor? code, bool diagonal, bool save, bool by_value,"
+    " bool wide) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
 def _scan(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, start: Tensor, code: Tensor | None, diagonal: bool,
-          save: bool, by_value: bool) -> tuple[Tensor, ...]:
-    y, last, states, ready = forward(q, k, v, log_a, start, code, diagonal, save, by_value)
+          save: bool, by_value: bool, wide: bool) -> tuple[Tensor, ...]:
+    y, last, states, ready = forward(q, k, v, log_a, start, code, diagonal, save, by_value, wide)
     return y, last, states, *ready
 
 
@@ -885,13 +886,13 @@ def _scan_backward(dy: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, l
 
 @_scan.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, start: Tensor, code: Tensor | None, diagonal: bool,
-      save: bool, by_value: bool) -> tuple[Tensor, ...]:
-    shape = _shape(q, v, log_a, by_value)
+      save: bool, by_value: bool, wide: bool) -> tuple[Tensor, ...]:
+    shape, y = _shape(q, v, log_a, by_value), torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
     states = v.new_empty([*shape.sites, shape.key, shape.value] if save else 0)
     ready = _prepared(q, shape)
     if by_value:
         ready = Prepared(ready.scores, *(x.new_empty(0) for x in ready[1:]))
-    return torch.empty_like(v), torch.empty_like(start), states, *ready
+    return y, torch.empty_like(start), states, *ready
 
 
 @_scan_backward.register_fake
@@ -901,25 +902,28 @@ def _(dy: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor 
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, log_a, _, code, ctx.diagonal, _, ctx.by_value = inputs
+    q, k, v, log_a, _, code, ctx.diagonal, _, ctx.by_value, _ = inputs
     ctx.save_for_backward(q, k, v, log_a, code, *output[2:])
 
 
 def _back(ctx: Any, dy: Tensor, dlast: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    *grads, dstart = _scan_backward(dy.contiguous(), dlast.contiguous(), *ctx.saved_tensors, ctx.diagonal, ctx.by_value)
-    if ctx.saved_tensors[3] is None:
-        grads[3] = None
-    return *grads, dstart, None, None, None, None
+    saved = ctx.saved_tensors
+    dq, dk, dv, dlog_a, dstart = _scan_backward(
+        dy.to(saved[0].dtype).contiguous(), dlast.contiguous(), *saved, ctx.diagonal, ctx.by_value)
+    return dq, dk, dv, None if saved[3] is None else dlog_a, dstart, None, None, None, None, None
 
 
 _scan.register_autograd(_back, setup_context=_keep)
 
 
 def launch(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, start: Tensor, code: Tensor | None, *,
-           diagonal: bool = True, by_value: bool = False) -> tuple[Tensor, Tensor]:
-    """y and the last state, with gradients where a stream asks for one. The axis of the state that a walk holds whole, that of
-    keys, or of values where these decay (`by_value`), has at most WIDEST channels; queries and keys have H heads where decays
-    are per channel; `start` and the last state are [B, H, K, V], or [B, H, V, K] with `by_value`."""
+           diagonal: bool = True, by_value: bool = False, wide: bool = False) -> tuple[Tensor, Tensor]:
+    """y, in float32 if `wide`, and the last state, with gradients where a stream asks for one.
+
+    The axis of the state that a walk holds whole, that of keys, or of values where these decay (`by_value`), has at most WIDEST
+    channels; queries and keys have H heads where decays are per channel; `start` and the last state are [B, H, K, V], or
+    [B, H, V, K] with `by_value`.
+    """
     streams = [x for x in (q, k, v, log_a, start) if x is not None]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in streams)
-    return _scan(q, k, v, log_a, start, code, diagonal, save, by_value)[:2]
+    return _scan(q, k, v, log_a, start, code, diagonal, save, by_value, wide)[:2]

@@ -299,16 +299,17 @@ def _add(sums, pick, x, BT: tl.constexpr, LANES: tl.constexpr, SUM: tl.constexpr
     """Add to `sums` [warps, 16, BT / 4 x LANES / 4] a tile x [BT, BE] summed over each four neighbouring channels.
 
     The product's inner index is (token bit 1, channel modulo 4, token bit 0), its columns are (token / 4, channel of the warp
-    / 4): in this order a thread's own values are its part of the operand, and none moves. x is the sum of TERMS numbers of
-    type SUM.
+    / 4): in this order a thread's own values are its part of the operand, and none moves. x is taken as the sum of TERMS
+    numbers of 8 bits, the last one rounded.
     """
     for term in tl.static_range(TERMS):
-        rounded = x.to(SUM)
-        y = tl.reshape(rounded, (BT // 4, 2, 2, x.shape[1] // LANES, LANES // 4, 4))
+        high = x
+        if term + 1 < TERMS:
+            high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        y = tl.reshape(high.to(SUM), (BT // 4, 2, 2, x.shape[1] // LANES, LANES // 4, 4))
         y = tl.reshape(tl.permute(y, (3, 1, 5, 2, 0, 4)), (x.shape[1] // LANES, 16, BT // 4 * (LANES // 4)))
         sums = tl.dot(pick, y, sums, input_precision="ieee")
-        if term + 1 < TERMS:
-            x -= rounded.to(tl.float32)
+        x -= high
     return sums
 
 
@@ -413,7 +414,8 @@ def _backward_kernel(x_ptr, dt_ptr, dy_ptr, b_ptr, c_ptr, a_ptr, d_ptr, code_ptr
 
 
 class Shape(NamedTuple):
-    """A launch: tokens of a tile, tiles of T, channels and warps of a program, blocks of channels, parts of T and their tiles."""
+    """A launch: tokens of a tile, tiles of T, channels and warps of a program, blocks of channels, parts of T and their tiles.
+    """
 
     tile: int
     tiles: int
@@ -516,8 +518,8 @@ def backward(dy: Tensor, dlast: Tensor, x: Tensor, dt: Tensor, A: Tensor | None,
     exact = triton.knobs.runtime.interpret
     _backward_kernel[(shape.blocks, batch * shape.parts)](
         x, dt, dy, *wide, A, D, code, kept, late, dx, ddt, sums, da, dd, tokens, padded, wide.shape[-1], shape.length,
-        shape.parts, shape.tiles, SKIP=D is not None, SUM=tl.float32 if exact else tl.bfloat16, TERMS=1 if exact else terms,
-        LANES=LANES, **plan.const)
+        shape.parts, shape.tiles, SKIP=D is not None, SUM=tl.float32 if exact else tl.bfloat16, TERMS=terms, LANES=LANES,
+        **plan.const)
     db, dc = (sums.sum(0) if shape.blocks > 1 else sums[0])[:, :states, :, :tokens].permute(2, 0, 3, 1)
     da = da.sum((0, 1))[:states].mul_(LN2) if A is not None else da
     dd = dd.sum((0, 1)) if D is not None else dd
