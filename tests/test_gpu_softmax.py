@@ -34,6 +34,17 @@ def streams(dtype, stored=TOKENS):
     return [torch.randn(2, tokens, heads, 64, device="cuda").to(dtype) for tokens, heads in sizes]
 
 
+def plain(q, k, v, *, pattern, segments=None):
+    """Attention as one writes it in 16 bits: products of 16 bits, the softmax in float32, its weights rounded."""
+    q, k, v, queries, keys = softmax._placed(q, k, v, segments, None, None, None)
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    score = (torch.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5).float()
+    bias, keep = pattern.bias(queries, keys, torch.float32), pattern.sees(queries, keys)[:, None]
+    weight = torch.where(keep, score if bias is None else score + bias, -1e4).softmax(-1)
+    weight = torch.where(keep.any(-1, keepdim=True), weight, 0.0).to(v.dtype)
+    return softmax.Partial(torch.einsum("bhts,bshv->bthv", weight, v), None)
+
+
 def results(form, given, *, lse, **how):
     """y, log-sum-exp, and the gradients of a fixed sum of y (and of lse)."""
     given = [x.detach().clone().requires_grad_() for x in given]
@@ -51,19 +62,19 @@ def results(form, given, *, lse, **how):
 @pytest.mark.parametrize("where", ["whole", "segments", "cached"])
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("form", ["fused", "flex"])
-def test_a_form_errs_little_more_than_plain_pytorch_in_bfloat16(form, name, where):
+def test_a_form_errs_at_most_twice_as_much_as_plain_pytorch_in_bfloat16(form, name, where):
     given = streams(torch.bfloat16, TOKENS + 90 if where == "cached" else TOKENS)
     how = dict(pattern=PATTERNS[name])
     if where == "segments":
         how["segments"] = segments()
         given = [how["segments"].hold(x, torch.nan) for x in given]  # what pads hold moves nothing
+    rms = lambda x, y: float((x.double() - y).square().mean().sqrt() / y.square().mean().sqrt())  # noqa: E731
+    allowed, _ = results(plain, given, lse=False, **how)
     for lse in (False, True)[: 1 + (form == "flex")]:
         want, exact = results(softmax.matrix, [x.double() for x in given], lse=lse, **how)
-        plain, _ = results(softmax.chunked, given, lse=lse, **how)
         got, found = results(softmax.FORMS[form], given, lse=lse, **how)
-        rms = lambda x, y: float((x.double() - y).square().mean().sqrt() / y.square().mean().sqrt())  # noqa: E731
-        for g, p, w in zip(got, plain, want, strict=True):
-            assert rms(g, w) <= 2 * rms(p, w) < 0.02
+        for g, p, w in zip(got, allowed, want, strict=True):
+            assert rms(g, w) < (0.02 if lse else 2 * rms(p, w))
         if found is not None:
             assert ((found == -torch.inf) == (exact == -torch.inf)).all()
             torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-4)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from seqloom.core import BadInput
-from seqloom.laws import LAWS, LawResult, apply, cases, observe, run_laws, summary, table, write_table
+from seqloom.laws import LAWS, LawResult, apply, cases, keep, kept, observe, run_laws, summary, table, write_table
 from seqloom.laws.cases import WIDTH, build, draw, info
 from seqloom.laws.streaming import in_pieces
 
@@ -152,6 +152,12 @@ def test_table_shows_every_verdict(tmp_path):
     path = tmp_path / "docs" / "laws.md"
     write_table(results, path, measure=False)
     assert path.read_text(encoding="utf-8") == table(results)
+    # a page made here shows what was kept of a device that is not here, and not what was kept of this one
+    elsewhere = [LawResult("linear", "", "packing", "pass", 1e-5, 2e-4, device="cuda:0", system="Linux")]
+    keep(elsewhere, tmp_path)
+    keep([LawResult("linear", "", "packing", "fail", 1.0, 2e-4, device="cpu", system="Linux")], tmp_path)
+    write_table(results, path, others=kept(tmp_path), measure=False)
+    assert path.read_text(encoding="utf-8") == table([*results, *elsewhere])
 
 
 def test_an_error_in_a_law_is_a_failure_not_a_skip(monkeypatch):

@@ -11,6 +11,8 @@ import tyro
 from seqloom.cli.options import parse, stderr
 from seqloom.core import BadInput, near
 
+EVIDENCE = Path("evidence")
+
 
 @dataclass
 class CheckOptions:
@@ -23,9 +25,10 @@ class CheckOptions:
     jobs: int = 1
     """Processes that run laws and claims side by side, one thread each."""
     out: Path | None = None
-    """Folder for evidence, <paper>.json. Without it results are printed only."""
+    """Folder for evidence, <paper>.json and laws-<device>.json. Without it results are printed only."""
     pages: Path | None = None
-    """Folder for the pages made of the results: laws.md, and papers.md from the evidence in --out (or evidence/)."""
+    """Folder for the pages made of the results: laws.md, with the results kept in --out (or evidence/) of devices that are not
+    here, and papers.md from the evidence kept there."""
     device: str = "cpu"
     """Where the laws run."""
 
@@ -57,9 +60,11 @@ def check_laws(mixers: list[str], options: CheckOptions) -> bool:
 
     results = laws.run_laws(mixers, device=options.device, jobs=options.jobs)
     print(laws.summary(results))
+    if options.out is not None:
+        stderr(f"wrote {laws.keep(results, options.out)}")
     if options.pages is not None:
         options.pages.mkdir(parents=True, exist_ok=True)
-        laws.write_table(results, options.pages / "laws.md")
+        laws.write_table(results, options.pages / "laws.md", others=laws.kept(options.out or EVIDENCE))
     return not any(result.failed for result in results)
 
 
@@ -90,5 +95,5 @@ def write_papers(options: CheckOptions) -> None:
     from seqloom.recipes import index, slugs
     from seqloom.study import evidence
 
-    page = evidence.papers_page(evidence.rows(index(), options.out or Path("evidence"), slugs()))
+    page = evidence.papers_page(evidence.rows(index(), options.out or EVIDENCE, slugs()))
     (options.pages / "papers.md").write_text(page)

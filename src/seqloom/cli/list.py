@@ -12,15 +12,16 @@ from seqloom.cli.options import parse
 
 @dataclass
 class ListOptions:
-    """List mixers, models, papers with a recipe, or tasks."""
+    """List mixers, models, papers with a recipe, tasks, or kinds of checkpoints that can be read."""
 
-    what: Annotated[Literal["mixers", "models", "papers", "tasks"], tyro.conf.Positional] = "mixers"
+    what: Annotated[Literal["mixers", "models", "papers", "tasks", "checkpoints"], tyro.conf.Positional] = "mixers"
     """Which table to print."""
 
 
 def main(argv: list[str]) -> None:
     options = parse(ListOptions, argv, verb="list")
-    {"mixers": _mixers, "models": _models, "papers": _papers, "tasks": _tasks}[options.what]()
+    tables = {"mixers": _mixers, "models": _models, "papers": _papers, "tasks": _tasks, "checkpoints": _checkpoints}
+    tables[options.what]()
 
 
 def _mixers() -> None:
@@ -55,3 +56,11 @@ def _tasks() -> None:
 
     for name, task in TASKS.items():
         print(f"{name:<12} {(task.__doc__ or '').strip().splitlines()[0]}")
+
+
+def _checkpoints() -> None:
+    from seqloom.hub.foreign import table
+
+    for row in table():
+        told = f"{row.writes}: {row.note}" if row.note else row.writes
+        print(f"{row.kind:<24} {row.mixers or 'refused':<20} {told if row.read else row.note}")

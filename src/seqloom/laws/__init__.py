@@ -8,7 +8,7 @@ from seqloom.laws.cases import Case, build, cases
 from seqloom.laws.law import Law, LawResult, Measure, Untested, apply
 from seqloom.laws.runner import run_laws
 from seqloom.laws.suite import LAWS
-from seqloom.laws.table import form_times, summary, table, write_table
+from seqloom.laws.table import form_times, keep, kept, summary, table, write_table
 
-__all__ = ["LAWS", "Case", "Law", "LawResult", "Measure", "Untested", "apply", "build", "cases", "form_times", "run_laws",
-           "summary", "table", "write_table"]
+__all__ = ["LAWS", "Case", "Law", "LawResult", "Measure", "Untested", "apply", "build", "cases", "form_times", "keep", "kept",
+           "run_laws", "summary", "table", "write_table"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -65,18 +67,39 @@ def table(results: Iterable[LawResult], times: Mapping[str, Mapping[tuple[str, s
     return "\n".join(lines) + "\n"
 
 
-def write_table(results: Iterable[LawResult], path: str | Path, *, measure: bool = True) -> None:
-    """Write `table(results)` to `path`, with form times measured now on the results' devices unless `measure` is False."""
+def write_table(results: Iterable[LawResult], path: str | Path, *, others: Iterable[LawResult] = (),
+                measure: bool = True) -> None:
+    """Write the table of `results` to `path`, with form times measured now on their devices unless `measure` is False.
+
+    others: results kept from earlier runs, shown for the devices that `results` do not cover.
+    """
     results = list(results)
-    times = {}
+    times, here = {}, dict.fromkeys(map(device_of, results))
     if measure:
-        for key in dict.fromkeys(map(device_of, results)):
+        for key in here:
             mixers = dict.fromkeys(result.mixer for result in results if device_of(result) == key)
             times[key] = form_times(mixers, "cpu" if key == "windows" else key)
-    text = table(results, times)
+    text = table([*results, *(result for result in others if device_of(result) not in here)], times)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
+
+
+def keep(results: Iterable[LawResult], folder: str | Path) -> Path:
+    """Store results of one device as laws-<device>.json in `folder`, for a page made where that device is not."""
+    results = list(results)
+    path = Path(folder) / f"laws-{device_of(results[0])}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = ",\n".join(json.dumps({name: value for name, value in asdict(result).items() if value not in ("", None)})
+                      for result in results)
+    path.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
+    return path
+
+
+def kept(folder: str | Path) -> list[LawResult]:
+    """What `keep` stored in `folder`, of all devices."""
+    return [LawResult(**{"example": "", **row}) for path in sorted(Path(folder).glob("laws-*.json"))
+            for row in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def summary(results: Iterable[LawResult]) -> str:

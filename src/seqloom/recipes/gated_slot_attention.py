@@ -133,12 +133,14 @@ CLAIMS = (
             "knockout": small(GatedSlotAttention(**ONE_HEAD, gate="constant"), hidden=104),
         },
         budget=Budget(steps=1200, lrs=(1e-3, 3e-3, 1e-2)),
+        first_seed=200,
         require=(
             above("method", 0.80),
             beats("method", "baseline", by=0.25),
             beats("method", "baseline", by=0.40, on="at_64_writes"),
             below("knockout", 0.30),
         ),
-        notes="With the sheet's 800 steps one of the seeds 0, 17, 34 had not learnt yet: 0.54, 0.92, 0.92, a mean of 0.794.",
+        notes="With the sheet's 800 steps one of the seeds 0, 17, 34 had not learnt yet: 0.54, 0.92, 0.92, a mean of 0.794; "
+        "with 1,200 they gave 0.82 (baseline 0.42, knockout 0.16). These seeds are fresh.",
     ),
 )

@@ -154,11 +154,13 @@ CLAIMS = (
         task=MultiQueryRecall(pairs=16, keys=32, values=32, length=48),
         control=SingleWriteRecall(keys=4),
         control_arms=("baseline",),
-        budget=Budget(steps=900, lrs=(3e-3, 5e-3, 1e-2)),
+        budget=Budget(steps=1600, lrs=(3e-3, 5e-3, 1e-2)),
+        first_seed=200,
         notes="The baseline's channel mixers are wider, for equal parameters; so are those of the widened memory, whose state "
         "is as large as that of all memories together. In the dense arm every token goes to all four memories: if it does as "
         "well, what helps is several memories with projections of their own, not that few are chosen. Both are shown, not "
-        "required. With 12 pairs, one calibration fit gave 0.79 against 0.57.",
+        "required. With 900 steps, the sheet's, the seeds 0, 17 and 34 gave 0.70 against 0.52, dense 0.98 and widened 0.98; "
+        "the calibration seed with 1,600, the method 0.97. These seeds are fresh.",
         arms={
             "method": recaller(),
             "baseline": recaller(memories=1, active=1, shared=False, hidden=150),

@@ -126,7 +126,8 @@ CLAIMS = (
             "knockout": small(NativeHybridAttention(**ONE_HEAD, slots=24, window=0), hidden=124),
             "gated_slot": small(GatedSlotAttention(**ONE_HEAD, slots=24), hidden=124),
         },
-        budget=Budget(steps=1000, lrs=(1e-3, 3e-3, 1e-2)),
+        budget=Budget(steps=1500, lrs=(1e-3, 3e-3, 1e-2)),
+        first_seed=200,
         require=(
             above("method", 0.95, on="long"),
             above("method", 0.95, on="local"),
@@ -136,6 +137,7 @@ CLAIMS = (
         ),
         notes="All arms hold 24 keys and values; the knockout is the method without its window. Tried before, with first keys "
         "drawn from the same 64 as the others: nothing then tells a pair to keep from one to forget, and the method's long "
-        "score was 0.06 and 0.07 at rates of 3e-3 and 1e-2 on the calibration seed.",
+        "score was 0.06 and 0.07 at rates of 3e-3 and 1e-2 on the calibration seed. With 1,000 steps one "
+        "of the seeds 0, 17, 34 was not there yet (1.00, 1.00, 0.72). These seeds are fresh.",
     ),
 )

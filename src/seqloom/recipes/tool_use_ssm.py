@@ -112,6 +112,7 @@ CLAIMS = (
         where="[tool-use-ssm] section 4",
         task=Addition(digits=5, test_digits=(10, 50)),
         budget=Budget(steps=1600),
+        first_seed=200,
         arms={
             "method": model(),
             "selective": model(dim=40, depth=2, mixer=Mamba(state=10)),

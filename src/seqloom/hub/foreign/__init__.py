@@ -49,19 +49,23 @@ REFUSED = {
 
 
 class Row(NamedTuple):
-    """A kind of checkpoint: its model_type, who writes it, whether it is read, and what is (or what is missing)."""
+    """A kind of checkpoint: its model_type, who writes it, our mixers for it (none: it is refused), what is read or missing."""
 
     kind: str
     writes: str
-    read: bool
+    mixers: str
     note: str
+
+    @property
+    def read(self) -> bool:
+        return bool(self.mixers)
 
 
 def table() -> list[Row]:
     """Every kind of checkpoint that is known, those that are read first."""
-    known = [Row(kind, layout.writes, True, layout.note) for kind, layout in LAYOUTS.items()]
-    known.append(Row("none (d_model, n_layer)", mamba.ORIGINAL.writes, True, "Mamba and Mamba-2"))
-    return known + [Row(kind, "", False, f"needs {needs}") for kind, needs in REFUSED.items()]
+    layouts = {**LAYOUTS, "none (d_model, n_layer)": mamba.ORIGINAL}
+    known = [Row(kind, layout.writes, ", ".join(layout.names.mixers), layout.note) for kind, layout in layouts.items()]
+    return known + [Row(kind, "", "", f"needs {needs}") for kind, needs in REFUSED.items()]
 
 
 def import_checkpoint(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[SequenceModelLayer, SequenceModel]:

@@ -196,7 +196,7 @@ FAMILIES = {
     ),
     "linear_attn": Family(
         "linear", linear_attn, {"mixer.qkv": QKV["mixer.qkv"], "mixer.out": "attn.o_proj", "mixer.o_norm": "attn.norm"},
-        {**EXPANDED, "norm_feature_map": False}, note="with feature maps that learn nothing",
+        {**EXPANDED, "norm_feature_map": False},
         only={"num_kv_heads": (None,), "feature_map": ("elu", "relu", "identity"), "norm_q": (False,), "norm_k": (False,)},
     ),
     "delta_net": Family(
@@ -225,7 +225,7 @@ FAMILIES = {
         {**QKV, "mixer.f_proj": "attn.f_proj", "mixer.o_norm": "attn.g_norm", "mixer.feature": "attn.feature_map.layer"},
         {**EXPANDED, "num_slots": 64, "feature_map": "swish", "gate_logit_normalizer": 8},
         only={"use_short_conv": (False,), "expand_v": (1,), "feature_map": ("swish", "relu", "t2r")},
-        note="without its short convolution, which applies SiLU twice",
+        note="its short convolution would apply SiLU twice",
     ),
     "mom": Family(
         "mom", mom,
@@ -273,7 +273,13 @@ def names_of(family: Family) -> Names:
     )
 
 
+def note_of(family: Family) -> str:
+    """What is read of a family: the settings that have one value here."""
+    said = [f"{name} {' or '.join(map(str, values))}" for name, values in family.only.items()]
+    return ("with " + ", ".join(said) if said else "") + (f"; {family.note}" if family.note else "")
+
+
 LAYOUTS = {
-    kind: Layout(spec_of(kind, family), names_of(family), "flash-linear-attention", family.note)
+    kind: Layout(spec_of(kind, family), names_of(family), "flash-linear-attention", note_of(family))
     for kind, family in FAMILIES.items()
 }

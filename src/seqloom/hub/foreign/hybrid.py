@@ -152,8 +152,8 @@ QWEN_35 = Names(
 QWEN_NEXT = QWEN_35._replace(mixers={"softmax": GATED_ATTENTION, "gated_delta": {**DELTA, **JOINED}})
 
 LAYOUTS = {
-    "jamba": Layout(jamba, MAMBA_NAMES, note="without mixtures of experts (num_experts 1)"),
+    "jamba": Layout(jamba, MAMBA_NAMES, note="without mixtures of experts, num_experts 1"),
     "bamba": Layout(bamba, MAMBA_NAMES),
-    "qwen3_next": Layout(qwen("qwen3_next"), QWEN_NEXT, note="without mixtures of experts (num_experts 0)"),
+    "qwen3_next": Layout(qwen("qwen3_next"), QWEN_NEXT, note="without mixtures of experts, num_experts 0"),
     "qwen3_5_text": Layout(qwen("qwen3_5_text"), QWEN_35, note="the language model alone, as Qwen3_5ForCausalLM saves it"),
 }

@@ -99,9 +99,10 @@ BLOCK = {
 }
 NAMES = Names(top=TOP, layer="model.layers.{}", block=BLOCK, mixers={"softmax": ATTENTION}, ignored=("rotary_emb.inv_freq",))
 
+NOTE = "rope_type default, linear, llama3 or yarn"
 LAYOUTS = {
-    "llama": Layout(spec_of("llama", None), NAMES),
-    "mistral": Layout(spec_of("mistral", "none"), NAMES),
-    "qwen2": Layout(spec_of("qwen2", "qkv"), NAMES),
-    "qwen3": Layout(spec_of("qwen3", None, "rms"), NAMES),
+    "llama": Layout(spec_of("llama", None), NAMES, note=NOTE),
+    "mistral": Layout(spec_of("mistral", "none"), NAMES, note=NOTE),
+    "qwen2": Layout(spec_of("qwen2", "qkv"), NAMES, note=NOTE),
+    "qwen3": Layout(spec_of("qwen3", None, "rms"), NAMES, note=NOTE),
 }
