@@ -219,10 +219,11 @@ def test_an_interval_of_keys_is_what_a_query_sees(name, tokens, past):
 
 
 @pytest.mark.parametrize(("tokens", "past"), [(24, 0), (300, 0), (300, 150)])
-@pytest.mark.parametrize("name", PATTERNS)
-def test_blocks_are_those_with_visible_pairs(name, tokens, past):
-    pattern, stored = PATTERNS[name], tokens + past
-    queries, keys = after(past, tokens)
+@pytest.mark.parametrize("pattern", [*PATTERNS.values(), Pattern(window=200), Pattern(order="dense", window=200)], ids=str)
+@pytest.mark.parametrize("whole", [True, False])
+def test_blocks_are_those_with_visible_pairs(pattern, whole, tokens, past):
+    stored, place = tokens + past, torch.device("cpu")
+    queries, keys = (line(tokens, place, past), line(stored, place)) if whole else after(past, tokens)
     shape = cuda_attention.filled(tokens, stored)
     mask = cuda_attention.blocks(*pattern.interval(queries, keys), *shape)
     sees = torch.nn.functional.pad(pattern.sees(queries, keys), (0, shape[1] - stored, 0, shape[0] - tokens))
@@ -288,6 +289,17 @@ def test_flex_compiles_once_for_the_lengths_of_a_size_and_all_patterns(monkeypat
     whole = torch.compile(lambda q, k, v: softmax.flex(q, k, v, **how).y, fullgraph=True)  # and within a user's graph
     with torch.no_grad():
         torch.testing.assert_close(whole(q, k, v), softmax.matrix(q, k, v, **how).y, rtol=0, atol=2e-6)
+
+
+def test_every_kernel_has_a_limit_of_recompilations_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(cuda_attention, "_attend", lambda x, by: x * by)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for by in range(4):
+            assert cuda_attention._compiled.__wrapped__(by)(torch.ones(2), by).tolist() == [by, by]
+        with pytest.raises(Exception, match=r"fullgraph|recompile"):
+            for by in range(4):
+                torch.compile(cuda_attention._attend, fullgraph=True, dynamic=False)(torch.ones(2), by)
 
 
 def varlen_in_words(q, k, v, q_starts, k_starts, most_q, most_k, window, scale):

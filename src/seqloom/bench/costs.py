@@ -4,7 +4,8 @@
 
 One block (mixer, SwiGLU, two norms) at the mixer's defaults for the width, float32 on a CPU and bfloat16 autocast on a GPU.
 These rows are what `study/advise.py` fits. On a CPU seconds are of processor time on one thread, which other processes on the
-machine hardly move; on a GPU they are between events. Bytes are the most that was allocated at once besides the block.
+machine hardly move; on a GPU they are wall time between two waits. Bytes are the most that was allocated at once besides
+the block, its gradients included.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from seqloom.bench import report
 from seqloom.core import keep_pages
 from seqloom.study.arms import arm, causal_mixers
+from seqloom.study.fit import count_parameters
 
 Row = dict[str, Any]
 
@@ -33,11 +35,12 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "cpu": (Shape(1, 128, 64), Shape(1, 1024, 64), Shape(4, 256, 128), Shape(1, 256, 256), Shape(1, 1024, 256), Shape(1, 3072, 64)),
+    "cpu": (Shape(1, 128, 64), Shape(1, 1024, 64), Shape(4, 256, 128), Shape(1, 256, 256), Shape(1, 1024, 256),
+            Shape(1, 3072, 64)),
     "cuda": (Shape(8, 1024, 512), Shape(8, 2048, 1024), Shape(4, 4096, 512), Shape(2, 8192, 1024), Shape(1, 32768, 512),
              Shape(2, 2048, 2048), Shape(1, 8192, 2048)),
 }
-CONTEXTS = {"cpu": ((256, 512), (256, 4096)), "cuda": ((1024, 2048), (1024, 16384), (2048, 2048))}  # width, tokens read before
+CONTEXTS = {"cpu": ((256, 512), (256, 4096), (512, 512)), "cuda": ((1024, 2048), (1024, 16384), (2048, 2048))}  # width, tokens read before
 
 
 def training_row(name: str, shape: Shape, device: str, rounds: int) -> Row:
@@ -55,9 +58,8 @@ def training_row(name: str, shape: Shape, device: str, rounds: int) -> Row:
 
     step()
     seconds = [timed(step, device) for _ in range(rounds)]
-    gradients = sum(parameter.numel() * parameter.element_size() for parameter in block.parameters() if parameter.requires_grad)
     return {"mixer": name, "what": "train", **shape._asdict(), "seconds": statistics.median(seconds),
-            "bytes": max(peak_bytes(step, device) - gradients, 0), "parameters": gradients // 4}
+            "peak_bytes": peak_bytes(step, device, block), "parameters": count_parameters(block)}
 
 
 @torch.inference_mode()
@@ -93,8 +95,9 @@ def timed(call: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-def peak_bytes(call: Callable[[], None], device: str) -> int:
-    """The most bytes that one call holds at once, beyond what it found."""
+def peak_bytes(call: Callable[[], None], device: str, block: torch.nn.Module) -> int:
+    """The most bytes that one call holds at once, beyond what it found; it finds no gradients."""
+    block.zero_grad(set_to_none=True)
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqloom.core import BadInput, near
-from seqloom.kernels import decay_scan, delta_scan, diagonal_scan, selective_scan
+from seqloom.kernels import decay_scan, delta_scan, diagonal_scan, row_norm, selective_scan, short_conv
 
 HEADS, DIM, TOKENS = 16, 128, 32768  # of a batch, whatever its length
 LENGTHS = (2048, 8192, 32768)
@@ -145,6 +145,19 @@ if hasattr(delta_scan, "fused"):
     KERNELS["delta"] = Kernel(_y(delta_scan.fused), _delta, _y(delta_scan.chunked), _matrix(HEADS), _linear,
                               "fla chunk_delta_rule")
     KERNELS["gated delta"] = Kernel(_y(delta_scan.fused), _gated_delta, _y(delta_scan.chunked), _matrix(3 * HEADS), _linear)
+
+# neighbours of the scans: (forward, forward and backward) elements and operations per token do not depend on the length
+_convolve = lambda form: lambda x, weight: form(x, weight=weight, activation="silu").y  # noqa: E731
+_normed = lambda form: lambda x, gate, weight: form(x, weight, gate, eps=1e-6)           # noqa: E731
+_unit = lambda form: lambda x: form(x, eps=1e-6)                                         # noqa: E731
+KERNELS |= {
+    "short conv": Kernel(_convolve(short_conv.fused), lambda b, t: (_normal(b, t, WIDTH), _normal(WIDTH, 4)),
+                         _convolve(short_conv.parallel), lambda t: (2 * WIDTH, 5 * WIDTH), lambda t: (8 * WIDTH, 32 * WIDTH)),
+    "gated norm": Kernel(_normed(row_norm.fused_rms_norm), lambda b, t: (*_heads(b, t)[1:], _normal(DIM)),
+                         _normed(row_norm.rms_norm), lambda t: (3 * WIDTH, 8 * WIDTH), lambda t: (8 * WIDTH, 32 * WIDTH)),
+    "L2 norm": Kernel(_unit(row_norm.fused_l2_norm), lambda b, t: _heads(b, t)[2:], _unit(row_norm.l2_norm),
+                      lambda t: (2 * WIDTH, 5 * WIDTH), lambda t: (3 * WIDTH, 12 * WIDTH)),
+}
 
 
 def peers() -> dict[str, Kernel]:

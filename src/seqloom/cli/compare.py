@@ -15,18 +15,24 @@ if TYPE_CHECKING:
 
 @dataclass
 class CompareOptions:
-    """Train one model per mixer at equal parameters, data and steps, over several seeds; print a table and save a plot."""
+    """Train one model per mixer at equal parameters, data and steps, over several seeds; print a table and save a figure.
+    Or make the page of the map from its stored runs."""
 
-    mixers: str
+    mixers: str = ""
     """Comma-separated mixers of `seqloom list`; a+b is a hybrid that alternates."""
     data: str | None = None
     """A file, a folder, 'stdlib' or 'hf:NAME': bits per byte on held-out documents."""
     task: str | None = None
-    """A generated task of `seqloom list tasks` instead: accuracy, at the best of three rates."""
+    """Instead: recall, copy, state-tracking or lm as the map has them, or a task of `seqloom list tasks`. The rate is the best
+    of three on a calibration seed, alike for every mixer; the scores are of fresh seeds."""
+    map: Path | None = None
+    """Instead: a folder for map.md and its figures, made from the records in --records; nothing is trained."""
+    records: Path = Path("benchmarks/map")
+    """Where --map reads <kind>.json."""
     column: str | None = None
     """Text column of a table."""
     out: Path = Path("runs/compare")
-    """Folder of comparison.json, .png and .svg."""
+    """Folder of comparison.json and comparison.svg."""
     seeds: int = 2
     steps: int = 200
     """Optimiser steps of each run."""
@@ -46,7 +52,11 @@ class CompareOptions:
 
 def main(argv: list[str]) -> None:
     options = parse(CompareOptions, argv, verb="compare")
+    if options.map is not None:
+        return draw_map(options)
     names = [name.strip() for name in options.mixers.split(",") if name.strip()]
+    if not names:
+        raise BadInput("missing: --mixers, two or more names with commas between (or --map, to draw what is stored)")
     if len(names) < 2 or len(set(names)) < len(names):
         raise BadInput(f"--mixers takes two or more different names with commas between, not {options.mixers!r}")
     if (options.data is None) == (options.task is None):
@@ -58,6 +68,17 @@ def main(argv: list[str]) -> None:
         raise BadInput(f"--out {options.out} is a file")
     with making(options.out):
         run(names, options)
+
+
+def draw_map(options: CompareOptions) -> None:
+    from seqloom.study import atlas
+
+    if options.mixers or options.data or options.task:
+        raise BadInput("--map draws what is stored and trains nothing: leave out --mixers, --data and --task")
+    if options.map.exists() and not options.map.is_dir():
+        raise BadInput(f"--map {options.map} is a file; it takes a folder such as docs")
+    for path in atlas.write(atlas.read(options.records), options.map):
+        stderr(f"wrote {path}")
 
 
 def run(names: list[str], options: CompareOptions) -> None:
@@ -72,7 +93,7 @@ def run(names: list[str], options: CompareOptions) -> None:
     else:
         budget = Budget(steps=options.steps, batch=options.batch)
         found = study.compare_on_task(names, options.task, dim=options.dim, layers=options.layers, budget=budget,
-                                      seeds=options.seeds, jobs=options.jobs)
+                                      seeds=options.seeds, jobs=options.jobs, say=stderr)
     print(table(found))
     for path in study.save(found, options.out, about={"data": options.data, "task": options.task, "steps": options.steps}):
         stderr(f"wrote {path}")

@@ -5,7 +5,7 @@ Nothing here knows a particular mixer, model or task. Everything above imports d
 
 from seqloom.core.context import BuildContext
 from seqloom.core.errors import BadInput, FailedRun, MissingExtra, near, require_extra
-from seqloom.core.forms import form_report, gpu_only, is_exact, narrow, run, runnable, use_form
+from seqloom.core.forms import form_report, gpu_only, is_exact, narrow, run, run_part, runnable, use_form
 from seqloom.core.info import Info
 from seqloom.core.memory import keep_pages
 from seqloom.core.mixer import Mixer, Placement
@@ -49,6 +49,7 @@ __all__ = [
     "near",
     "require_extra",
     "run",
+    "run_part",
     "runnable",
     "scan",
     "to_dict",

@@ -40,7 +40,7 @@ class Segments(NamedTuple):
     def hold(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """x where the token is real, `fill` elsewhere; a selection, so that NaN at pads moves no value or gradient."""
         real = self.real.reshape(*self.real.shape, *(1,) * (x.ndim - 2))
-        return torch.where(real, x, torch.as_tensor(fill, dtype=x.dtype, device=x.device))
+        return torch.where(real, x, torch.full((), fill, dtype=x.dtype, device=x.device))  # no copy from the host
 
     def starts(self) -> Tensor:
         """[B, T] True at the first token of each new run: the place of a reset."""

@@ -21,9 +21,9 @@ WIDEST = 32768  # channels of a row that fit one program
 def rms_norm(x: Float[Tensor, "... n"], weight: Float[Tensor, " n"], gate: Float[Tensor, "... n"] | None = None, *,
              eps: float, gate_first: bool = False) -> Float[Tensor, "... n"]:
     """y = weight * u / sqrt(mean(u^2) + eps), u = x; times SiLU(gate), or with u = x * SiLU(gate) if `gate_first`."""
-    if gate is not None and gate_first:
-        return rms_norm(x * F.silu(gate), weight, eps=eps)
     wide = accumulator(x.dtype)
+    if gate is not None and gate_first:
+        return rms_norm(x.to(wide) * F.silu(gate.to(wide)), weight, eps=eps).to(torch.promote_types(x.dtype, gate.dtype))
     y = F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
     return y if gate is None else y * F.silu(gate)
 

@@ -80,11 +80,8 @@ def fused(x: Float[Tensor, "b t d"], *, weight: Float[Tensor, "d k"], bias: Tens
         count = rank[:, -1].contiguous()
         place = torch.where(segments.real, rank - 1, count[:, None] + index - rank)
         order, run = torch.empty_like(rank).scatter_(1, place.long(), index), segments.run.to(torch.int32).contiguous()
-    x = x.to(low)
-    if x.stride(-1) != 1:
-        x = x.contiguous()
     weight, bias = weight.to(narrow(weight.dtype)).contiguous(), None if bias is None else bias.to(narrow(bias.dtype))
-    y, last = short_conv.launch(x, weight, bias, tail.to(narrow(tail.dtype)).contiguous(), order, run, count,
+    y, last = short_conv.launch(x.to(low), weight, bias, tail.to(narrow(tail.dtype)).contiguous(), order, run, count,
                                 activation == "silu")
     return Mixed(y.to(dtype), last.to(tail.dtype))
 

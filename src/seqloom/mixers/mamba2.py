@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from seqloom.core import BuildContext, Info, Mixed, Mixer, Placement, Segments, Spec, scan
+from seqloom.core import BuildContext, Info, Mixed, Mixer, Placement, Segments, Spec, run_part, scan
 from seqloom.core.marks import mark
 from seqloom.core.mixer import accumulator
-from seqloom.kernels import decay_scan
+from seqloom.kernels import decay_scan, row_norm
 from seqloom.parts import RMSNorm, ShortConv, linear
 from seqloom.parts.heads import grouped_heads
 from seqloom.parts.init import step_bias
@@ -147,6 +147,8 @@ class GroupedNorm(RMSNorm):
         self.groups = groups
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        if self.groups == 1:
+            return run_part(row_norm.RMS_FORMS, y, self.weight, z, name="rms_norm", eps=self.eps, gate_first=True).to(z.dtype)
         wide = accumulator(z.dtype)
         gated = (y.to(wide) * F.silu(z.to(wide))).unflatten(-1, (self.groups, -1))
         # rounded before the weight, as transformers does

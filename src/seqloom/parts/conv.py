@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from seqloom.core.forms import run_part
 from seqloom.core.segments import Segments
 from seqloom.core.state import Mixed
 from seqloom.kernels import short_conv
-from seqloom.parts.forms import run_part
 
 
 class ShortConv(nn.Module):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from seqloom.core.forms import run_part
 from seqloom.core.marks import mark
 from seqloom.kernels import row_norm
-from seqloom.parts.forms import run_part
 
 
 class RMSNorm(nn.Module):

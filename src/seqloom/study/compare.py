@@ -7,9 +7,9 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -18,49 +18,16 @@ import torch
 
 from seqloom.core import BadInput, Budget, near
 from seqloom.data import prepare
-from seqloom.models.backbone import Stack
-from seqloom.models.presets import stack_of
-from seqloom.models.sequence import SequenceModel, language_model
-from seqloom.parts import SwiGLU
+from seqloom.models.sequence import SequenceModel
+from seqloom.study.arms import arm, equalise, parameters_of
+from seqloom.study.chart import Panel, Point, scatter
 from seqloom.study.digest import commit, machine
-from seqloom.study.fit import count_parameters, fit
+from seqloom.study.fit import fit
+from seqloom.study.map import CALIBRATION, KINDS
 from seqloom.tasks import TASKS, TokenTask
 from seqloom.train import TrainConfig, train
 
-TOLERANCE = 0.02
-
-
-def parameters_of(spec: SequenceModel) -> int:
-    """Parameters of a model, counted without allocating it."""
-    with torch.device("meta"):
-        return count_parameters(spec.build())
-
-
-def equalise(stacks: Mapping[str, Stack], *, vocab: int) -> dict[str, SequenceModel]:
-    """Language models over `stacks` whose parameter counts agree within 2 %: the hidden width of the channel mixers
-    is raised in the smaller ones until they match the largest."""
-    models = {name: language_model(vocab=vocab, stack=stack) for name, stack in stacks.items()}
-    target = max(parameters_of(model) for model in models.values())
-    return {name: _widen(model, target, name) for name, model in models.items()}
-
-
-def _widen(model: SequenceModel, target: int, name: str) -> SequenceModel:
-    def at(extra: int) -> SequenceModel:
-        blocks = tuple(
-            replace(block, mlp=SwiGLU(hidden=(block.mlp.hidden or -(-model.stack.dim * 8 // 3 // 8) * 8) + extra))
-            if isinstance(block.mlp, SwiGLU)
-            else block
-            for block in model.stack.blocks
-        )
-        return replace(model, stack=replace(model.stack, blocks=blocks))
-
-    here, step = parameters_of(model), parameters_of(at(1)) - parameters_of(at(0))
-    if step:
-        model = at(round((target - here) / step))
-    found = parameters_of(model)
-    if abs(found - target) > TOLERANCE * target:
-        raise BadInput(f"{name} cannot be brought within 2 % of {target:,} parameters (nearest {found:,}); give it a SwiGLU")
-    return model
+LATER = 8192  # tokens at which a state that grows is shown once more
 
 
 @dataclass(frozen=True)
@@ -72,11 +39,17 @@ class RunRow:
     score: float
     tokens_per_second: float
     peak_bytes: int | None
+    seconds: float = 0.0
+    lr: float | None = None
 
 
 @dataclass(frozen=True)
 class ArmRow:
-    """One line of the table. `score` is bits per byte (lower is better) on text, accuracy on a generated task."""
+    """One line of the table. `score` is bits per byte (lower is better) on text, accuracy on a generated task.
+
+    calibration: score by learning rate on the calibration seed; `lr` is the best of them
+    later_bytes: the state at 8,192 tokens, where it grows with the sequence
+    """
 
     mixer: str
     parameters: int
@@ -86,6 +59,10 @@ class ArmRow:
     state_bytes: int
     peak_bytes: int | None
     runs: tuple[RunRow, ...]
+    seconds: float = 0.0
+    lr: float | None = None
+    calibration: Mapping[str, float] = field(default_factory=dict)
+    later_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +76,15 @@ class Comparison:
         return sorted(self.rows, key=lambda row: row.score if self.lower_is_better else -row.score)
 
 
+def task_of(name: str) -> tuple[TokenTask, Mapping[str, Any]]:
+    """The task called `name`, and the settings that go with it: those of the map first, then those of `seqloom list tasks`."""
+    if name in KINDS:
+        return KINDS[name].task, KINDS[name].settings
+    if name in TASKS:
+        return TASKS[name](), {}
+    raise BadInput(f"no task {name!r}; {near(name, [*KINDS, *TASKS])}")
+
+
 def compare_on_task(
     mixers: list[str],
     task: str | TokenTask,
@@ -108,45 +94,52 @@ def compare_on_task(
     budget: Budget = Budget(steps=600),
     seeds: int = 3,
     jobs: int = 1,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
-    """Arms named by mixer (or a pattern "a+b") on a generated task; the best rate of the budget is taken per arm."""
+    """Arms named by mixer (or a pattern "a+b") on a generated task, at equal parameters.
+
+    The rate is the best of the budget's on one calibration seed, tried alike for every arm; the scores are of fresh seeds.
+    """
+    settings: Mapping[str, Any] = {}
     if isinstance(task, str):
-        if task not in TASKS:
-            raise BadInput(f"no task {task!r}; {near(task, TASKS)}")
-        task = TASKS[task]()
-    stacks = {name: stack_of(tuple(name.split("+")), dim=dim, layers=layers) for name in mixers}
+        task, settings = task_of(task)
+    stacks = {name: arm(name, dim=dim, layers=layers, settings=settings) for name in mixers}
     models = equalise(stacks, vocab=max(task.vocab, task.classes))
     specs = {name: task.wrap(model.stack) for name, model in models.items()}
     length = task.sample(1, torch.Generator().manual_seed(0)).inputs.shape[1]
-    work = [(name, specs[name], task, budget, lr, 1000) for name in mixers for lr in budget.lrs]
+    work = [(name, specs[name], task, budget, lr, CALIBRATION) for name in mixers for lr in budget.lrs]
     with _executor(jobs) as pool:
-        trials = list(pool.map(_fit_row, work))
-        best = {}
-        for (name, *_, lr, _seed), row in zip(work, trials, strict=True):
-            if name not in best or row.score > best[name][0]:
-                best[name] = (row.score, lr)
-        final = [(name, specs[name], task, budget, best[name][1], 17 * seed) for name in mixers for seed in range(seeds)]
-        rows = list(pool.map(_fit_row, final))
-    return Comparison(
-        "accuracy",
-        False,
-        length,
-        tuple(_arm(name, specs[name], [r for r in rows if r.mixer == name], length) for name in mixers),
-    )
+        trials = _told(pool.map(_fit_row, work), say)
+        rates = {name: min((-row.score, row.lr) for row in trials if row.mixer == name)[1] for name in mixers}
+        final = [(name, specs[name], task, budget, rates[name], 17 * seed)
+                 for name in mixers for seed in range(seeds)]
+        rows = _told(pool.map(_fit_row, final), say)
+    arms = tuple(_arm(name, specs[name], [row for row in rows if row.mixer == name], length,
+                      [row for row in trials if row.mixer == name]) for name in mixers)
+    return Comparison("accuracy", False, length, arms)
+
+
+def _told(rows: Iterable[RunRow], say: Callable[[str], None]) -> list[RunRow]:
+    kept = []
+    for row in rows:
+        say(f"{row.mixer}, rate {row.lr:g}, seed {row.seed}: {row.score:.4f} in {row.seconds:.1f} s")
+        kept.append(row)
+    return kept
 
 
 def _fit_row(work: tuple) -> RunRow:
     name, spec, task, budget, lr, seed = work
     result = fit(spec, task, budget, lr=lr, seed=seed)
     tokens = budget.steps * budget.batch * task.sample(1, torch.Generator().manual_seed(0)).inputs.shape[1]
-    return RunRow(name, seed, result.scores["score"], tokens / result.seconds, peak_memory())
+    return RunRow(name, seed, result.scores["score"], tokens / result.seconds, peak_memory(), result.seconds, lr)
 
 
-def _arm(name: str, spec: SequenceModel, runs: list[RunRow], length: int) -> ArmRow:
+def _arm(name: str, spec: SequenceModel, runs: list[RunRow], length: int, trials: Iterable[RunRow] = ()) -> ArmRow:
     scores = [run.score for run in runs]
     peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
     with torch.device("meta"):
-        state = spec.build().state_bytes(length)
+        layer = spec.build()
+        state, later = layer.state_bytes(length), layer.state_bytes(LATER)
     return ArmRow(
         name,
         parameters_of(spec),
@@ -156,6 +149,10 @@ def _arm(name: str, spec: SequenceModel, runs: list[RunRow], length: int) -> Arm
         state,
         max(peaks) if peaks else None,
         tuple(runs),
+        statistics.median(run.seconds for run in runs),
+        runs[0].lr,
+        {f"{row.lr:g}": row.score for row in trials},
+        later if later > state else None,
     )
 
 
@@ -197,7 +194,7 @@ def _executor(jobs: int) -> Any:
 
 
 def save(comparison: Comparison, folder: Path, *, about: Mapping[str, Any] | None = None) -> list[Path]:
-    """comparison.json, comparison.png and comparison.svg in `folder`."""
+    """comparison.json and comparison.svg in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         **asdict(comparison),
@@ -206,38 +203,27 @@ def save(comparison: Comparison, folder: Path, *, about: Mapping[str, Any] | Non
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    path = folder / "comparison.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return [path, *plot(comparison, folder)]
-
-
-def plot(comparison: Comparison, folder: Path) -> list[Path]:
-    """Score against state bytes (all seeds as dots, the mean labelled): PNG and SVG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
-    for axis, facts, label in (
-        (left, lambda row: row.state_bytes, f"state at {comparison.length:,} tokens (bytes)"),
-        (right, lambda row: row.tokens_per_second, "training (tokens/s)"),
-    ):
-        for i, row in enumerate(comparison.rows):
-            color = f"C{i % 10}"
-            axis.scatter([facts(row)] * len(row.runs), [run.score for run in row.runs], s=14, alpha=0.5, color=color)
-            axis.scatter([facts(row)], [row.score], s=46, color=color)
-            axis.annotate(row.mixer, (facts(row), row.score), textcoords="offset points", xytext=(6, 4), fontsize=9)
-        axis.set_xscale("log")
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.25)
-        axis.margins(x=0.25)
-    left.set_ylabel(comparison.metric + (" (lower is better)" if comparison.lower_is_better else ""))
-    paths = [folder / "comparison.png", folder / "comparison.svg"]
-    for path in paths:
-        figure.savefig(path, dpi=150)
-    plt.close(figure)
+    paths = [folder / "comparison.json", folder / "comparison.svg"]
+    paths[0].write_text(json.dumps(record, indent=1) + "\n")
+    paths[1].write_text(picture(comparison))
     return paths
+
+
+def picture(comparison: Comparison) -> str:
+    """Score against state bytes and against training time, as SVG: all seeds as dots, the mean labelled."""
+    label = comparison.metric + (" (lower is better)" if comparison.lower_is_better else "")
+    sides = []
+    for facts, text, binary in (
+        (lambda row: row.state_bytes, f"state at {comparison.length:,} tokens (hollow: where it grows, at {LATER:,})", True),
+        (lambda row: row.seconds, "training (s, one run)", False),
+    ):
+        points = [
+            Point(row.mixer, facts(row), tuple(run.score for run in row.runs), row.later_bytes is not None,
+                  row.later_bytes if binary else None)
+            for row in comparison.rows
+        ]
+        sides.append(Panel(points, text, label, binary=binary))
+    return scatter(sides, title="Mixers at equal parameters, data and steps")
 
 
 def compare_on_text(
@@ -261,7 +247,7 @@ def compare_on_text(
     Every run is a process of its own, so that peak memory is that run's.
     """
     corpus = prepare(data, out / "data", column=column, vocab=vocab, say=say)
-    stacks = {name: stack_of(tuple(name.split("+")), dim=dim, layers=layers) for name in mixers}
+    stacks = {name: arm(name, dim=dim, layers=layers) for name in mixers}
     specs = equalise(stacks, vocab=corpus.vocab)
     # seeds in the outer loop: a machine's drift falls on all arms alike
     work = [
@@ -300,4 +286,5 @@ def _train_row(work: tuple) -> RunRow:
     if (config.out / "run.json").exists():  # a comparison that was stopped is begun anew, run by run
         shutil.rmtree(config.out)
     result = train(config, spec=spec, corpus=corpus, progress=False)
-    return RunRow(name, config.seed, result.score.bits_per_byte, result.tokens_per_second, peak_memory())
+    return RunRow(name, config.seed, result.score.bits_per_byte, result.tokens_per_second, peak_memory(), result.seconds,
+                  config.lr)

@@ -7,6 +7,7 @@ time, machine and commit. Pictures and pages are made from records alone (`study
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,7 @@ from seqloom.models.backbone import Stack
 from seqloom.study.arms import arm, causal_mixers, equalise, parameters_of
 from seqloom.study.digest import commit, machine
 from seqloom.study.fit import fit
-from seqloom.tasks import Copy, MultiQueryRecall, Task, TopicBytes, WordProblem
+from seqloom.tasks import Copy, MultiQueryRecall, TopicBytes, WordProblem
 
 DIM, LAYERS, HEADS = 32, 2, 2
 RATES = (2e-3, 6e-3, 1.8e-2)
@@ -120,8 +121,12 @@ def run_job(job: Job) -> dict[str, Any]:
 
 def best_rate(rows: Iterable[Mapping[str, Any]]) -> float | None:
     """The rate of the highest calibrating score; the smaller one of two alike. None where all failed."""
-    found = [(-row["scores"]["score"], row["lr"]) for row in rows if "scores" in row]
+    found = [(-row["scores"]["score"], row["lr"]) for row in rows if _scored(row)]
     return min(found)[1] if found else None
+
+
+def _scored(row: Mapping[str, Any]) -> bool:
+    return "scores" in row and math.isfinite(row["scores"]["score"])
 
 
 def record(kind: str, rows: Iterable[Mapping[str, Any]], *, about: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -154,7 +159,7 @@ def _arm(stack: Stack, what: Kind, rows: list[Mapping[str, Any]]) -> dict[str, A
         layer = spec.build()
         bytes_at = {str(tokens): layer.state_bytes(tokens) for tokens in spans}
     calibration = [row for row in rows if row["seed"] == CALIBRATION]
-    runs = sorted((row for row in rows if row["seed"] != CALIBRATION and "scores" in row), key=lambda row: row["seed"])
+    runs = sorted((row for row in rows if row["seed"] != CALIBRATION and _scored(row)), key=lambda row: row["seed"])
     return {
         "parameters": parameters_of(spec),
         "state_bytes": bytes_at,
@@ -171,6 +176,8 @@ def _arm(stack: Stack, what: Kind, rows: list[Mapping[str, Any]]) -> dict[str, A
 def _facts(row: Mapping[str, Any]) -> dict[str, Any]:
     if "error" in row:
         return {"error": row["error"]}
+    if not _scored(row):
+        return {"error": "the loss is not finite", "seconds": row["seconds"]}
     return {"scores": dict(row["scores"]), "seconds": row["seconds"]}
 
 

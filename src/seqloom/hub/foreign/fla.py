@@ -64,7 +64,7 @@ def hidden(config: Config) -> int:
     return config["intermediate_size"] or -(-plain // 256) * 256
 
 
-def expanded(config: Config) -> dict[str, int]:
+def expanded(config: Config) -> dict[str, Any]:
     """Heads, and their widths as shares of the model's."""
     heads = config["num_heads"]
     width = lambda share: round(config["hidden_size"] * share) // heads  # noqa: E731
@@ -79,6 +79,15 @@ def fixed(config: Config) -> dict[str, Any]:
 
 def conv(config: Config) -> int:
     return config["conv_size"] if config["use_short_conv"] else 0
+
+
+def _gate(on: bool) -> Any:
+    return "silu" if on else "none"
+
+
+def _called(activation: str) -> Any:
+    """Our name of a function of theirs."""
+    return {"identity": "none", "swish": "silu"}.get(activation, activation)
 
 
 # Mixers ---------------------------------------------------------------------------------------------------------------
@@ -97,24 +106,19 @@ def gla(c: Config) -> Spec:
 
 
 def retnet(c: Config) -> Spec:
-    return Retention(**expanded(c), gate="silu" if c["use_output_gate"] else "none", norm_eps=c["norm_eps"])
+    return Retention(**expanded(c), gate=_gate(c["use_output_gate"]), norm_eps=c["norm_eps"])
 
 
 def linear_attn(c: Config) -> Spec:
-    feature = "none" if c["feature_map"] == "identity" else c["feature_map"]
-    normaliser = "sum" if c["norm_feature_map"] else "none"
-    return LinearAttention(**expanded(c), feature=feature, normaliser=normaliser, norm="rms", norm_eps=c["norm_eps"])
-
-
-def _gate(on: bool) -> str:
-    return "silu" if on else "none"
+    return LinearAttention(**expanded(c), feature=_called(c["feature_map"]), norm="rms", norm_eps=c["norm_eps"],
+                           normaliser="sum" if c["norm_feature_map"] else "none")
 
 
 def delta_net(c: Config) -> Spec:
     return DeltaNet(
-        **expanded(c), conv=conv(c), activation="none" if c["qk_activation"] == "identity" else c["qk_activation"],
-        key_norm=c["qk_norm"], beta="learned" if c["use_beta"] else "one", neg_eigval=c["allow_neg_eigval"],
-        gate=_gate(c["use_gate"]), norm_eps=c["norm_eps"],
+        **expanded(c), conv=conv(c), activation=_called(c["qk_activation"]), key_norm=c["qk_norm"],
+        beta="learned" if c["use_beta"] else "one", neg_eigval=c["allow_neg_eigval"], gate=_gate(c["use_gate"]),
+        norm_eps=c["norm_eps"],
     )
 
 
@@ -140,9 +144,8 @@ def gsa(c: Config) -> Spec:
     # its norm is fused with the output map and keeps that function's own epsilon, whatever norm_eps says
     sizes = expanded(c)
     return GatedSlotAttention(
-        **sizes, kv_heads=c["num_kv_heads"], slots=c["num_slots"] or sizes["key_dim"],
-        feature={"swish": "silu"}.get(c["feature_map"], c["feature_map"]), tau=float(c["gate_logit_normalizer"]), scale=1.0,
-        norm_eps=NORM_EPS,
+        **sizes, kv_heads=c["num_kv_heads"], slots=c["num_slots"] or sizes["key_dim"], feature=_called(c["feature_map"]),
+        tau=float(c["gate_logit_normalizer"]), scale=1.0, norm_eps=NORM_EPS,
     )
 
 
@@ -163,8 +166,6 @@ GATED_NORM: list[Any] = ["attn.g_norm_swish_gate", "attn.g_norm"]  # one fused w
 DELTA: Rules = {**QKV, **{f"mixer.{name}": f"attn.{name}" for name in ("b_proj", "a_proj", "A_log", "dt_bias")}}
 ATTENTION: Rules = {"mixer.qkv": QKV["mixer.qkv"], "mixer.out": "attn.o_proj", "mixer.q_norm": "attn.q_norm",
                     "mixer.k_norm": "attn.k_norm"}
-
-
 
 
 def memories(letter: str) -> Callable[[MixtureOfMemories], Source]:
@@ -269,7 +270,7 @@ def names_of(family: Family) -> Names:
             "mixer_norm": "attn_norm", "mlp_norm": "mlp_norm", "mlp.down": "mlp.down_proj",
             "mlp.gate_up": [("mlp.gate_proj", "mlp.up_proj"), "mlp.gate_proj"],  # files of 2024 have both in one
         },
-        mixers={"softmax": ATTENTION, family.key: family.names}, ignored=("rotary.inv_freq",),
+        mixers={family.key: family.names, "softmax": ATTENTION}, ignored=("rotary.inv_freq",),
     )
 
 

@@ -92,11 +92,14 @@ def qwen(model_type: str) -> Callable[[Config], SequenceModel]:
 
 # Names ----------------------------------------------------------------------------------------------------------------
 
-MAMBAS = {key: {"mixer": "mamba"} for key in ("mamba", "mamba2")}
-BESIDE = {"mlp.gate_up": ("feed_forward.gate_proj", "feed_forward.up_proj"), "mlp.down": "feed_forward.down_proj",
+BESIDE: Rules = {"mlp.gate_up": ("feed_forward.gate_proj", "feed_forward.up_proj"), "mlp.down": "feed_forward.down_proj",
           "mixer_norm": "input_layernorm", "mlp_norm": "pre_ff_layernorm"}
-MAMBA_NAMES = Names(top={**TOP, "stack.norm": "model.final_layernorm"}, layer="model.layers.{}", block=BESIDE,
-                    mixers={**MAMBAS, "softmax": ATTENTION}, ignored=NAMES.ignored)
+
+
+def beside(key: str) -> Names:
+    """Names where layers of the mixer called `key` stand beside attention."""
+    return Names(top={**TOP, "stack.norm": "model.final_layernorm"}, layer="model.layers.{}", block=BESIDE,
+                 mixers={key: {"mixer": "mamba"}, "softmax": ATTENTION}, ignored=NAMES.ignored)
 
 
 def _one_more(*names: str) -> dict[str, Made]:
@@ -108,7 +111,7 @@ def _one_more(*names: str) -> dict[str, Made]:
 def _queries(part: int) -> Callable[..., Tensor]:
     """q_proj holds each head's query, then its gate. Part 0 is qkv, part 1 the gate."""
 
-    def make(parts: list[Tensor], like: Tensor, mixer: Spec) -> Tensor:
+    def make(parts: list[Tensor], like: Tensor, mixer: Any) -> Tensor:
         both = parts[0].unflatten(0, (mixer.heads, 2, -1))[:, part].flatten(0, 1)
         return torch.cat([both, *parts[1:]])
 
@@ -118,7 +121,7 @@ def _queries(part: int) -> Callable[..., Tensor]:
 def _groups(which: str) -> Callable[..., Tensor]:
     """in_proj_qkvz holds, for each head of keys, q, k, and v and z of its value heads; in_proj_ba likewise b and a."""
 
-    def make(parts: list[Tensor], like: Tensor, mixer: Spec) -> Tensor:
+    def make(parts: list[Tensor], like: Tensor, mixer: Any) -> Tensor:
         share = mixer.heads // mixer.key_heads
         widths = [mixer.key_dim, mixer.key_dim, share * mixer.value_dim, share * mixer.value_dim]
         names = ["q", "k", "v", "z"] if which in ("qkv", "z") else ["b", "a"]
@@ -136,7 +139,7 @@ GATED_ATTENTION: Rules = {
     "mixer.out": "self_attn.o_proj",
     **_one_more("mixer.q_norm", "self_attn.q_norm", "mixer.k_norm", "self_attn.k_norm"),
 }
-DELTA: dict[str, Any] = {
+DELTA: Rules = {
     "mixer.conv": "linear_attn.conv1d", "mixer.o_norm": "linear_attn.norm", "mixer.o_proj": "linear_attn.out_proj",
     "mixer.A_log": "linear_attn.A_log", "mixer.dt_bias": "linear_attn.dt_bias",
     "mixer.qkv": "linear_attn.in_proj_qkv", "mixer.g_proj": "linear_attn.in_proj_z",
@@ -147,13 +150,13 @@ JOINED = {f"mixer.{ours}.weight": Made((f"linear_attn.in_proj_{theirs}.weight",)
 QWEN_35 = Names(
     top={**TOP, **_one_more("stack.norm", "model.norm")}, layer="model.layers.{}",
     block={**BLOCK, **_one_more("mixer_norm", "input_layernorm", "mlp_norm", "post_attention_layernorm")},
-    mixers={"softmax": GATED_ATTENTION, "gated_delta": DELTA}, ignored=NAMES.ignored,
+    mixers={"gated_delta": DELTA, "softmax": GATED_ATTENTION}, ignored=NAMES.ignored,
 )
-QWEN_NEXT = QWEN_35._replace(mixers={"softmax": GATED_ATTENTION, "gated_delta": {**DELTA, **JOINED}})
+QWEN_NEXT = QWEN_35._replace(mixers={"gated_delta": {**DELTA, **JOINED}, "softmax": GATED_ATTENTION})
 
 LAYOUTS = {
-    "jamba": Layout(jamba, MAMBA_NAMES, note="without mixtures of experts, num_experts 1"),
-    "bamba": Layout(bamba, MAMBA_NAMES),
+    "jamba": Layout(jamba, beside("mamba"), note="without mixtures of experts, num_experts 1"),
+    "bamba": Layout(bamba, beside("mamba2")),
     "qwen3_next": Layout(qwen("qwen3_next"), QWEN_NEXT, note="without mixtures of experts, num_experts 0"),
     "qwen3_5_text": Layout(qwen("qwen3_5_text"), QWEN_35, note="the language model alone, as Qwen3_5ForCausalLM saves it"),
 }

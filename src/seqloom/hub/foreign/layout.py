@@ -24,7 +24,7 @@ class Made(NamedTuple):
     """A parameter that is computed from the tensors of these full names: make(tensors, like, spec of the block's mixer)."""
 
     names: tuple[str, ...]
-    make: Callable[[list[Tensor], Tensor, Spec | None], Tensor]
+    make: Callable[[list[Tensor], Tensor, Any], Tensor]
 
 
 # What stands for a parameter or, by a prefix of its name, for all of a module: the foreign prefix, several whose rows are
@@ -158,17 +158,17 @@ def _tied(source: Tensors, spec: SequenceModel, names: Names, found: Mapping[str
 
 # Ways to make a parameter ---------------------------------------------------------------------------------------------
 
-def ones(parts: list[Tensor], like: Tensor, mixer: Spec | None) -> Tensor:
+def ones(parts: list[Tensor], like: Tensor, mixer: Any) -> Tensor:
     """A factor that is always 1 there, and therefore not stored."""
     return torch.ones(like.shape)
 
 
-def plus_one(parts: list[Tensor], like: Tensor, mixer: Spec | None) -> Tensor:
+def plus_one(parts: list[Tensor], like: Tensor, mixer: Any) -> Tensor:
     """A factor that is stored as its difference from 1; in float32, since the sum has more digits than its terms."""
     return parts[0].float() + 1 if parts[0].dtype in (torch.bfloat16, torch.float16) else parts[0] + 1
 
 
-def bare(parts: list[Tensor], like: Tensor, mixer: Spec | None) -> Tensor:
+def bare(parts: list[Tensor], like: Tensor, mixer: Any) -> Tensor:
     """The one tensor, whatever our name for it ends in."""
     return parts[0]
 

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from seqloom.core import BadInput
-from seqloom.hub.foreign.layout import Config, Layout, Names, model, normalised, only
+from seqloom.hub.foreign.layout import Config, Layout, Names, Rules, model, normalised, only
 from seqloom.mixers import SoftmaxAttention
 from seqloom.models import Block, SequenceModel
 from seqloom.parts import SwiGLU
@@ -88,12 +88,12 @@ def spec_of(model_type: str, bias: str | None, qk_norm: str = "none") -> Any:
 
 
 # ours -> theirs, in transformers' decoders of this kind
-ATTENTION = {
+ATTENTION: Rules = {
     "mixer.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "mixer.out": "self_attn.o_proj",
     "mixer.q_norm": "self_attn.q_norm", "mixer.k_norm": "self_attn.k_norm",
 }
-TOP = {"stem": "model.embed_tokens", "stack.norm": "model.norm", "head": "lm_head"}
-BLOCK = {
+TOP: Rules = {"stem": "model.embed_tokens", "stack.norm": "model.norm", "head": "lm_head"}
+BLOCK: Rules = {
     "mixer_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
     "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"), "mlp.down": "mlp.down_proj",
 }

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from seqloom.core import BadInput
-from seqloom.hub.foreign.layout import Config, Layout, Made, Names, model, normalised, ones, only
+from seqloom.hub.foreign.layout import Config, Layout, Made, Names, Rules, model, normalised, ones, only
 from seqloom.mixers import Mamba, Mamba2
 from seqloom.models import Block, SequenceModel
 
@@ -101,11 +101,12 @@ NAMES = Names(
     layer="backbone.layers.{}", block={"mixer_norm": "norm"}, mixers={key: {"mixer": "mixer"} for key in ("mamba", "mamba2")},
 )
 # Falcon-Mamba's norms inside the mixer have no weights
-FALCON = {"mixer": "mixer", **{f"mixer.{name}_layernorm": Made((), ones) for name in ("dt", "b", "c")}}
+FALCON: Rules = {"mixer": "mixer", **{f"mixer.{name}_layernorm": Made((), ones) for name in ("dt", "b", "c")}}
 
+BOTH = "transformers, flash-linear-attention"
 LAYOUTS = {
-    "mamba": Layout(mamba_spec, NAMES, "transformers, flash-linear-attention"),
-    "mamba2": Layout(mamba2_spec, NAMES, "transformers, flash-linear-attention"),
+    "mamba": Layout(mamba_spec, NAMES._replace(mixers={"mamba": NAMES.mixers["mamba"]}), BOTH),
+    "mamba2": Layout(mamba2_spec, NAMES._replace(mixers={"mamba2": NAMES.mixers["mamba2"]}), BOTH),
     "falcon_mamba": Layout(falcon_spec, NAMES._replace(mixers={"mamba": FALCON})),
 }
 ORIGINAL = Layout(original_spec, NAMES, "state-spaces")

@@ -35,6 +35,7 @@ LOWEST = tl.constexpr(-104.0)  # of a log decay: exp is 0 in float32 below, and 
 STATE = 8192  # elements of the state that one walk carries, at most
 FILL = 128    # walks that keep a card busy: with fewer rows T is cut in parts
 LEAST = 8     # chunks of a part, at least
+FINE = True   # factors of gradients per channel in tf32: 1.5 times plain PyTorch's error instead of 2 in bfloat16
 MANY = 64     # blocks of channels that a program for steep ones looks at
 WIDEST = 256  # channels of the axis that a walk holds whole, at most: more are given as more heads
 
@@ -61,20 +62,12 @@ class Config(NamedTuple):
 CONFIGS = {
     0: Config(Tile(128, 0, 4, 1), Tile(0, 64, 4, 2), Tile(0, 64, 4, 3), Tile(0, 64, 4, 1), Tile(0, 64, 8, 1)),
     1: Config(Tile(128, 0, 4, 1), Tile(0, 64, 4, 2), Tile(0, 64, 4, 3), Tile(0, 64, 4, 1), Tile(0, 64, 8, 1)),
-    2: Config(Tile(32, 0, 4, 1), Tile(0, 64, 4, 3), Tile(0, 64, 4, 3), Tile(0, 64, 4, 1), Tile(32, 64, 4, 3)),
+    2: Config(Tile(32, 0, 4, 1), Tile(0, 64, 4, 3), Tile(0, 64, 4, 3), Tile(0, 64, 4, 1), Tile(32, 128, 4, 1)),
 }
 
 
 @triton.jit
 def _cast(x, like_ptr):
-    return x.to(like_ptr.dtype.element_ty)
-
-
-@triton.jit
-def _factor(x, like_ptr):
-    """x as one factor of a product: exp(c) of a chunk's decay fits bfloat16 and float32, not float16."""
-    if like_ptr.dtype.element_ty == tl.float16:
-        return x.to(tl.float32)
     return x.to(like_ptr.dtype.element_ty)
 
 
@@ -90,6 +83,19 @@ def _top(x):
 
 
 @triton.jit
+def _factor(x, like_ptr, FINE: tl.constexpr):
+    """x as one factor of a product, in the dtype of the streams, or FINE, rounded to tf32. Of float16 always that: exp(c) of a
+    chunk's decay fits bfloat16 and float32, not float16."""
+    if like_ptr.dtype.element_ty == tl.float32:
+        y = x
+    elif FINE or like_ptr.dtype.element_ty == tl.float16:
+        y = _top(x.to(tl.float32))
+    else:
+        y = x.to(like_ptr.dtype.element_ty)
+    return y
+
+
+@triton.jit
 def _total(pair, x, EXACT: tl.constexpr, PIECES: tl.constexpr):
     """Sums of x [C, K] over the pairs [C, C] of each row. A factor of ones is exact, so that pieces of x lose nothing: three of
     tf32 with EXACT, else PIECES of bfloat16, 8 bits each."""
@@ -98,14 +104,16 @@ def _total(pair, x, EXACT: tl.constexpr, PIECES: tl.constexpr):
         middle = _top(x - high)
         total = tl.dot(ones, x - high - middle, input_precision="tf32")
         total = tl.dot(ones, middle, total, input_precision="tf32")
-        return tl.dot(ones, high, total, input_precision="tf32")
-    ones, high = pair.to(tl.bfloat16), x.to(tl.bfloat16)
-    x -= high.to(tl.float32)
-    middle = x.to(tl.bfloat16)
-    total = tl.dot(ones, middle)
-    if PIECES == 3:
-        total = tl.dot(ones, (x - middle.to(tl.float32)).to(tl.bfloat16), total)
-    return tl.dot(ones, high, total)
+        total = tl.dot(ones, high, total, input_precision="tf32")
+    else:
+        ones, high = pair.to(tl.bfloat16), x.to(tl.bfloat16)
+        x -= high.to(tl.float32)
+        middle = x.to(tl.bfloat16)
+        total = tl.dot(ones, middle)
+        if PIECES == 3:
+            total = tl.dot(ones, (x - middle.to(tl.float32)).to(tl.bfloat16), total)
+        total = tl.dot(ones, high, total)
+    return total
 
 
 @triton.jit
@@ -255,7 +263,7 @@ def _prepare_kernel(q_ptr, k_ptr, log_a_ptr, code_ptr, scores_ptr, late_ptr, ear
                     own += tl.sum(q * k, 1)
                 if steep == 0:
                     c = 0.5 * lowest[None, :]
-                    fallen, grown = _factor(q * tl.exp(L - c), q_ptr), _factor(k * tl.exp(c - L), k_ptr)
+                    fallen, grown = _factor(q * tl.exp(L - c), q_ptr, True), _factor(k * tl.exp(c - L), k_ptr, True)
                     scores += _dot(fallen, tl.trans(grown), PRECISION)
                 else:
                     a, weight = tl.exp(x), tl.zeros([C, BK], tl.float32)
@@ -457,8 +465,8 @@ def _apply_kernel(left_ptr, late_ptr, early_ptr, whole_ptr, code_ptr, scores_ptr
 @triton.jit
 def _channels(q_ptr, k_ptr, v_ptr, log_a_ptr, code_ptr, products_ptr, states_ptr, adjoints_ptr, whole_ptr, steep_ptr, dy_ptr,
               dq_ptr, dk_ptr, dlog_a_ptr, T, H, K, V, N, b, n, h, block, blocks, SEG: tl.constexpr, ALL: tl.constexpr,
-              QUERY: tl.constexpr, EXACT: tl.constexpr, STEEP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-              BV: tl.constexpr, PRECISION: tl.constexpr):
+              QUERY: tl.constexpr, EXACT: tl.constexpr, FINE: tl.constexpr, STEEP: tl.constexpr, C: tl.constexpr,
+              BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of one chunk and one block of its keys, with a decay per key channel: of q [B, T, H, K] with QUERY, of k and
     log_a with ALL. What dy_i' v_j are is given, as `products`. With STEEP pair by pair; without, such blocks stay unwritten."""
     chunk = ((b * N + n) * H + h).to(tl.int64)
@@ -513,12 +521,12 @@ def _channels(q_ptr, k_ptr, v_ptr, log_a_ptr, code_ptr, products_ptr, states_ptr
     else:
         # both sides of a pair from the same rounded factors, so that pairs which no decay parts cancel exactly
         c = 0.5 * tl.min(L, 0)[None, :]
-        low, since, until = _factor(cross, k_ptr), tl.exp(L - c), tl.exp(c - L)
-        grown = _factor(k * until, k_ptr)
+        low, since, until = _factor(cross, k_ptr, FINE), tl.exp(L - c), tl.exp(c - L)
+        grown = _factor(k * until, k_ptr, FINE)
         inner = _dot(low, grown, PRECISION)
         dq += inner * since
         if ALL:
-            fallen = _factor(q * since, k_ptr)
+            fallen = _factor(q * since, k_ptr, FINE)
             flow += fallen.to(tl.float32) * inner
     if QUERY:
         _store_rows(dq_ptr + h * K, token, H * K, d, inside, K, tl.where(real[:, None], dq + own * k, 0.0))
@@ -545,20 +553,20 @@ def _channels(q_ptr, k_ptr, v_ptr, log_a_ptr, code_ptr, products_ptr, states_ptr
 @triton.jit
 def _channels_kernel(q_ptr, k_ptr, v_ptr, log_a_ptr, code_ptr, products_ptr, states_ptr, adjoints_ptr, whole_ptr, steep_ptr,
                      dy_ptr, dq_ptr, dk_ptr, dlog_a_ptr, T, H, K, V, N, SEG: tl.constexpr, ALL: tl.constexpr,
-                     QUERY: tl.constexpr, EXACT: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                     PRECISION: tl.constexpr):
+                     QUERY: tl.constexpr, EXACT: tl.constexpr, FINE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+                     BV: tl.constexpr, PRECISION: tl.constexpr):
     """`_channels` where no block of channels decays too much."""
     bh = tl.program_id(1)
     _channels(q_ptr, k_ptr, v_ptr, log_a_ptr, code_ptr, products_ptr, states_ptr, adjoints_ptr, whole_ptr, steep_ptr, dy_ptr,
               dq_ptr, dk_ptr, dlog_a_ptr, T, H, K, V, N, bh // H, tl.program_id(0), bh % H, tl.program_id(2),
-              tl.num_programs(2), SEG, ALL, QUERY, EXACT, False, C, BK, BV, PRECISION)
+              tl.num_programs(2), SEG, ALL, QUERY, EXACT, FINE, False, C, BK, BV, PRECISION)
 
 
 @triton.jit
 def _steep_kernel(q_ptr, k_ptr, v_ptr, log_a_ptr, code_ptr, products_ptr, states_ptr, adjoints_ptr, whole_ptr, steep_ptr,
                   dy_ptr, dq_ptr, dk_ptr, dlog_a_ptr, T, H, K, V, N, sites, blocks, MANY: tl.constexpr, SEG: tl.constexpr,
-                  ALL: tl.constexpr, QUERY: tl.constexpr, EXACT: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-                  BV: tl.constexpr, PRECISION: tl.constexpr):
+                  ALL: tl.constexpr, QUERY: tl.constexpr, EXACT: tl.constexpr, FINE: tl.constexpr, C: tl.constexpr,
+                  BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):
     """`_channels` where they do: a program looks at MANY blocks, of which there are mostly none."""
     begin = tl.program_id(0) * MANY
     many = begin + tl.arange(0, MANY)
@@ -569,7 +577,7 @@ def _steep_kernel(q_ptr, k_ptr, v_ptr, log_a_ptr, code_ptr, products_ptr, states
             chunk = site // blocks
             _channels(q_ptr, k_ptr, v_ptr, log_a_ptr, code_ptr, products_ptr, states_ptr, adjoints_ptr, whole_ptr, steep_ptr,
                       dy_ptr, dq_ptr, dk_ptr, dlog_a_ptr, T, H, K, V, N, chunk // H // N, chunk // H % N, chunk % H,
-                      site % blocks, blocks, SEG, ALL, QUERY, EXACT, True, C, BK, BV, PRECISION)
+                      site % blocks, blocks, SEG, ALL, QUERY, EXACT, FINE, True, C, BK, BV, PRECISION)
 
 
 @triton.jit
@@ -632,11 +640,6 @@ def _keys(key: int) -> int:
     return max(triton.next_power_of_2(key), 32)  # below 32 the three passes of tf32x3 come out as one (Triton 3.6)
 
 
-def _values(value: int, most: int, bk: int) -> int:
-    """Values of a block."""
-    return min(_keys(value), most if bk <= 128 else most // 2)
-
-
 def _parts(chunks: int, walks: int) -> int:
     """Chunks of a part. Walking all of T twice is worth it where three walks or more come out of one."""
     parts = min(FILL // walks, chunks // LEAST)
@@ -682,6 +685,11 @@ class Shape(NamedTuple):
     def exact(self) -> bool:
         return self.dtype == torch.float32
 
+    def values(self, tile: Tile, bk: int) -> int:
+        """Values of a block, beside bk keys."""
+        most = min(tile.values, 64) if self.exact else tile.values
+        return min(_keys(self.value), most if bk <= 128 else most // 2)
+
     def options(self, code: Tensor | None, tile: Tile, bk: int) -> dict[str, Any]:
         """Of every kernel, with warps and stages. In float32 no loads ahead: Triton 3.6 reads out of bounds where tf32x3 meets
         a pipelined load. Keys of 256 channels leave shared memory for two stages."""
@@ -695,8 +703,9 @@ def _shape(q: Tensor, v: Tensor, log_a: Tensor | None, by_value: bool) -> Shape:
     heads, value = v.shape[2:]
     if by_value:
         key, value = value, key
-    chunk = 32 if q.dtype == torch.float32 and key > 128 else 64  # float32 tiles of 256 channels leave room for 32
-    return Shape(batch, tokens, heads, groups, key, value, 0 if log_a is None else log_a.ndim - 2, q.dtype, chunk)
+    gate = 0 if log_a is None else log_a.ndim - 2
+    chunk = 32 if q.dtype == torch.float32 and (key > 128 or gate == 2) else 64  # what registers and shared memory hold
+    return Shape(batch, tokens, heads, groups, key, value, gate, q.dtype, chunk)
 
 
 class Prepared(NamedTuple):
@@ -740,7 +749,7 @@ class Walk(NamedTuple):
 
 
 def _cut(shape: Shape, tile: Tile) -> Walk:
-    block = min(_values(shape.value, tile.values, _keys(shape.key)), max(STATE // _keys(shape.key), 32))
+    block = min(shape.values(tile, _keys(shape.key)), max(STATE // _keys(shape.key), 32))
     while True:
         blocks = triton.cdiv(shape.value, block)
         part = _parts(shape.chunks, shape.rows * blocks)
@@ -783,7 +792,7 @@ def _apply(left: Tensor, scores: Tensor, states: Tensor, right: Tensor, other: T
     out, products = torch.empty_like(right), scores.new_empty(scores.shape if other is not None else 0)
     _apply_kernel[(shape.chunks, shape.rows)](
         left, ready.late, ready.early, ready.whole, code, scores, states, right, other, out, products, *shape.sizes, TURN=turn,
-        DIAGONAL=diagonal, PRODUCTS=other is not None, BK=bk, BV=_values(shape.value, tile.values, bk), GATE=shape.gate,
+        DIAGONAL=diagonal, PRODUCTS=other is not None, BK=bk, BV=shape.values(tile, bk), GATE=shape.gate,
         **shape.options(code, tile, bk))
     return out, products
 
@@ -797,8 +806,8 @@ def _gradients(q: Tensor | None, k: Tensor, v: Tensor | None, log_a: Tensor, dy:
     dk, dlog_a = (torch.empty_like(x) if every else x.new_empty(0) for x in (k, log_a))
     streams = (q, k, v, log_a, code, products, states, adjoints, ready.whole, ready.steep, dy, dq, dk, dlog_a, shape.tokens,
                shape.heads, shape.key, shape.value, shape.chunks)
-    options = dict(ALL=every, QUERY=dq is not None, EXACT=shape.exact, BK=size, BV=_values(shape.value, tile.values, size),
-                   **shape.options(code, tile, size))
+    options = dict(ALL=every, QUERY=dq is not None, EXACT=shape.exact, FINE=FINE, BK=size,
+                   BV=shape.values(tile, size), **shape.options(code, tile, size))
     _channels_kernel[(shape.chunks, shape.rows, blocks)](*streams, **options)
     sites = shape.chunks * shape.rows * blocks
     _steep_kernel[(triton.cdiv(sites, MANY),)](*streams, sites, blocks, MANY=MANY, **options)
@@ -831,8 +840,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, start: Tensor
 
 
 def backward(dy: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, code: Tensor | None,
-             states: Tensor, ready: Prepared, diagonal: bool, by_value: bool) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, log_a and start."""
+             states: Tensor, ready: Prepared, diagonal: bool,
+             by_value: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_a (empty where there are no decays) and start."""
     shape = _shape(q, v, log_a, by_value)
     if by_value and log_a is not None:
         products, ready = ready.scores, _prepare(dy, v, log_a, code, shape, diagonal)
@@ -850,11 +860,11 @@ def backward(dy: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: 
         dk, dlog_a = _gradients(q, k, v, log_a, dy, products, states, adjoints, ready, code, shape, dq)
         return dq, dk, dv, dlog_a, dstart
     dq, dk = (q.new_empty(shape.batch, shape.tokens, shape.heads, shape.key) for _ in range(2))
-    dlog_a = None if log_a is None else torch.empty_like(log_a)
+    dlog_a = q.new_empty(0) if log_a is None else torch.empty_like(log_a)
     bk, tile = _keys(shape.key), CONFIGS[shape.gate].gradient
     _heads_kernel[(shape.chunks, shape.rows)](
         q, k, v, log_a, ready.late, ready.early, ready.whole, code, ready.scores, states, adjoints, dy, dq, dk, dlog_a,
-        *shape.sizes, DIAGONAL=diagonal, EXACT=shape.exact, BK=bk, BV=_values(shape.value, tile.values, bk), GATE=shape.gate,
+        *shape.sizes, DIAGONAL=diagonal, EXACT=shape.exact, BK=bk, BV=shape.values(tile, bk), GATE=shape.gate,
         **shape.options(code, tile, bk))
     if shape.groups < shape.heads:
         dq, dk = (x.unflatten(2, (shape.groups, -1)).sum(3) for x in (dq, dk))
@@ -880,8 +890,7 @@ def _scan_backward(dy: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, l
                    states: Tensor, scores: Tensor, late: Tensor, early: Tensor, whole: Tensor, steep: Tensor,
                    diagonal: bool, by_value: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     ready = Prepared(scores, late, early, whole, steep)
-    dq, dk, dv, dlog_a, dstart = backward(dy, dlast, q, k, v, log_a, code, states, ready, diagonal, by_value)
-    return dq, dk, dv, q.new_empty(0) if dlog_a is None else dlog_a, dstart
+    return backward(dy, dlast, q, k, v, log_a, code, states, ready, diagonal, by_value)
 
 
 @_scan.register_fake

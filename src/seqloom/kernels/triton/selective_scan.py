@@ -465,9 +465,9 @@ def _enter(plan: Plan, first: Tensor, x: Tensor, dt: Tensor, wide: Tensor, A: Te
         first, total, product, into, channels, states, shape.parts, into.shape[1], step, REVERSE=reverse, BE=256, num_warps=4)
 
 
-def _groups(x: Tensor | None, states: int) -> Tensor | None:
+def _groups(x: Tensor, states: int) -> Tensor:
     """[.., N, E] with zeros up to `states`."""
-    return x if x is None or x.shape[-2] == states else F.pad(x, (0, 0, 0, states - x.shape[-2]))
+    return x if x.shape[-2] == states else F.pad(x, (0, 0, 0, states - x.shape[-2]))
 
 
 def forward(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor | None, D: Tensor | None, start: Tensor,
@@ -485,7 +485,7 @@ def forward(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor | None, D: Te
     _prepare_kernel[(triton.cdiv(wide.shape[-1], 64), triton.cdiv(padded, block), batch)](
         B, C, code, wide, tokens, states, padded, wide.shape[-1], batch, *B.stride(), *C.stride(), SEG=code is not None, BT=64,
         BN=block, num_warps=4)
-    A, first = _groups(A, padded), _groups(start, padded)
+    A, first = None if A is None else _groups(A, padded), _groups(start, padded)
     y, last = torch.empty_like(x), torch.empty_like(first)
     kept = start.new_empty(batch, shape.tiles if save else shape.parts, padded, channels)
     _enter(plan, first, x, dt, wide, A, code, kept, shape.length if save else 1, False)
@@ -507,7 +507,7 @@ def backward(dy: Tensor, dlast: Tensor, x: Tensor, dt: Tensor, A: Tensor | None,
     states = dlast.shape[1]
     plan = _plan(x, states, code, kind, shape)
     shape, padded = plan.shape, plan.padded
-    A, first = _groups(A, padded), _groups(dlast, padded)
+    A, first = None if A is None else _groups(A, padded), _groups(dlast, padded)
     dx, ddt = torch.empty_like(x), torch.empty_like(dt)
     late = dlast.new_empty(batch, shape.parts, padded, channels)
     _enter(plan, first, dy, dt, wide, A, code, late, 1, True)

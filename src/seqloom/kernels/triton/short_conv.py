@@ -206,6 +206,7 @@ def shape_of(batch: int, tokens: int, channels: int, *, block: int = 256, warps:
 def _launch(kernel: Any, shape: Shape, x: Tensor, weight: Tensor, first: tuple, *rest: Tensor, bias: Tensor | None,
             tail: Tensor, order: Tensor | None, run: Tensor | None, count: Tensor | None, silu: bool) -> None:
     batch, tokens, channels = x.shape
+    x = x if x.stride(2) == 1 else x.contiguous()
     kernel[(shape.blocks, batch * shape.parts)](
         *first, x, weight, bias, tail, order, run, count, *rest, tokens, channels, x.stride(0), x.stride(1), shape.length,
         PARTS=shape.parts, W=weight.shape[1], SILU=silu, BIAS=bias is not None, SEG=order is not None, U=UNROLL,
@@ -230,8 +231,8 @@ def backward(dy: Tensor, dlast: Tensor, x: Tensor, weight: Tensor, bias: Tensor 
     _launch(_backward_kernel, shape, x, weight, (dy, dlast), dx, dtail, parts, bias=bias, tail=tail, order=order, run=run,
             count=count, silu=silu)
     sums = parts.sum(0)
-    dweight, dbias = sums[:-1].t().to(weight.dtype, memory_format=torch.contiguous_format), sums[-1]
-    return dx, dweight.contiguous(), dbias.to(weight.dtype if bias is None else bias.dtype, copy=True), dtail
+    dbias = sums[-1].to((weight if bias is None else bias).dtype, copy=True)
+    return dx, sums[:-1].t().to(weight.dtype).contiguous(), dbias, dtail
 
 
 ARGUMENTS = "Tensor x, Tensor weight, Tensor? bias, Tensor tail, Tensor? order, Tensor? run, Tensor? count, bool silu"
