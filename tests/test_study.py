@@ -65,6 +65,8 @@ def test_evidence_depends_on_what_a_recipe_names_and_not_on_the_rest_of_the_tabl
     found = influences("seqloom.recipes.deltanet", "seqloom.study.claims")
     assert {"seqloom.mixers.delta", "seqloom.kernels.delta_scan", "seqloom.core.mixer", "seqloom.study.fit"} <= set(found)
     assert not {"seqloom.mixers.s4d", "seqloom.mixers.hydra", "seqloom.recipes.mamba", "seqloom.study.evidence"} & set(found)
+    softmax = "seqloom.mixers.softmax", "seqloom.kernels.cuda_attention"
+    assert softmax[1] in influences(softmax[0], gpu=True) and softmax[1] not in influences(softmax[0])
 
 
 def test_the_verdict_is_of_checks_and_claims(recipe):

@@ -19,19 +19,22 @@ import seqloom
 ROOT = Path(seqloom.__file__).parent
 # What may change without changing any number: parsing, printing, documentation.
 OUTSIDE = ("cli", "bench", "hub", "study.digest", "study.evidence", "study.compare", "_version")
+GPU_ONLY = ("kernels.triton", "kernels.cuda_attention")  # nor this, where a number is measured on a CPU
 
 
-def influences(*roots: str) -> list[str]:
-    """The seqloom modules behind the names that `roots` use, and those behind these, and so on.
+def influences(*roots: str, gpu: bool = False) -> list[str]:
+    """The seqloom modules behind the names that `roots` use, and those behind these, and so on; what only a GPU runs only
+    with `gpu`.
 
     A class or function counts for the module that defines it, whatever package handed it on: what else stands in a table
     of mixers does not matter to a recipe that names one of them.
     """
     found: set[str] = set()
     todo = list(roots)
+    outside = OUTSIDE if gpu else OUTSIDE + GPU_ONLY
     while todo:
         name = todo.pop()
-        if name in found or any(name.removeprefix("seqloom.").startswith(skip) for skip in OUTSIDE):
+        if name in found or any(name.removeprefix("seqloom.").startswith(skip) for skip in outside):
             continue
         found.add(name)
         for value in vars(importlib.import_module(name)).values():

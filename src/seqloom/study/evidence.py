@@ -42,7 +42,8 @@ def check_recipe(recipe: ModuleType, *, claims: bool = True, jobs: int = 1) -> d
                     **run_claim(recipe.__name__, index, jobs=jobs)._asdict(),
                 }
             )
-    modules = influences(recipe.__name__, run_claim.__module__)
+    gpu = any(claim.device == "gpu" for claim in recipe.CLAIMS)
+    modules = influences(recipe.__name__, run_claim.__module__, gpu=gpu)
     return {
         "paper": recipe.PAPER.slug,
         "verdict": verdict(recipe, checks, results if claims else None),

@@ -687,15 +687,14 @@ class Shape(NamedTuple):
 
     def values(self, tile: Tile, bk: int) -> int:
         """Values of a block, beside bk keys."""
-        most = min(tile.values, 64) if self.exact else tile.values
-        return min(_keys(self.value), most if bk <= 128 else most // 2)
+        return min(_keys(self.value), 32 if self.exact else tile.values if bk <= 128 else tile.values // 2)
 
     def options(self, code: Tensor | None, tile: Tile, bk: int) -> dict[str, Any]:
-        """Of every kernel, with warps and stages. In float32 no loads ahead: Triton 3.6 reads out of bounds where tf32x3 meets
-        a pipelined load. Keys of 256 channels leave shared memory for two stages."""
+        """Of every kernel, with warps and stages. In float32 eight warps, for tiles twice as large, and no loads ahead: Triton
+        3.6 reads out of bounds where tf32x3 meets a pipelined load. Keys of 256 channels leave shared memory for two stages."""
         stages = 1 if self.exact else min(tile.stages, 2) if bk > 128 else tile.stages
-        return dict(SEG=code is not None, C=self.chunk, PRECISION="tf32x3" if self.exact else "tf32", num_warps=tile.warps,
-                    num_stages=stages)
+        return dict(SEG=code is not None, C=self.chunk, PRECISION="tf32x3" if self.exact else "tf32", num_stages=stages,
+                    num_warps=8 if self.exact else tile.warps)
 
 
 def _shape(q: Tensor, v: Tensor, log_a: Tensor | None, by_value: bool) -> Shape:
