@@ -49,7 +49,7 @@ def scores(layer):
         return layer(ids()).logits
 
 
-def close(got, want, tolerance: float = 1e-4):
+def close(got, want, tolerance: float = 3e-5):
     assert (got - want).abs().max() <= tolerance * max(1.0, float(want.abs().max()))
 
 

@@ -393,13 +393,17 @@ def hopper(monkeypatch):
     ("fused", dict(pattern="prefix", dtype=torch.float64)),
     ("fused", dict(pattern="causal", tokens=5, stored=4000, keys=True, grad=False)),  # a small mask, and no gradient
     ("flex", dict(pattern="causal", tokens=5, stored=4000, keys=True)),
+    ("flex", dict(pattern="slopes", tokens=50, segments=True, grad=False)),
+    ("flex", dict(pattern="causal", segments=True, captured=True)),           # nothing may be read from the device
     ("flex", dict(pattern="causal", segments=True, compiled=True)),
     ("fused", dict(pattern="causal", compiled=True)),
     ("fused", dict(pattern="window", compiled=True)),
 ], ids=str)
 def test_which_form_a_call_takes_on_cuda(first, how, hopper, monkeypatch):
-    how = dict(dict(tokens=2000, dtype=torch.bfloat16, dim=128, segments=False, keys=False, grad=True, compiled=False), **how)
+    how = dict(dict(tokens=2000, dtype=torch.bfloat16, dim=128, segments=False, keys=False, grad=True, compiled=False,
+                    captured=False), **how)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: how["compiled"])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: how["captured"])
     q, k = (OnCuda(n, dim=how["dim"], dtype=how["dtype"]) for n in (how["tokens"], how.get("stored", how["tokens"])))
     call = dict(pattern=PATTERNS[how["pattern"]], lse=how.get("lse", False), scale=None,
                 segments="given" if how["segments"] else None, keys="given" if how["keys"] else None)

@@ -40,7 +40,8 @@ SHAPES = {
     "cuda": (Shape(8, 1024, 512), Shape(8, 2048, 1024), Shape(4, 4096, 512), Shape(2, 8192, 1024), Shape(1, 32768, 512),
              Shape(2, 2048, 2048), Shape(1, 8192, 2048)),
 }
-CONTEXTS = {"cpu": ((256, 512), (256, 4096), (512, 512)), "cuda": ((1024, 2048), (1024, 16384), (2048, 2048))}  # width, tokens read before
+# width, and tokens read before
+CONTEXTS = {"cpu": ((256, 512), (256, 4096), (512, 512)), "cuda": ((1024, 2048), (1024, 16384), (2048, 2048))}
 
 
 def training_row(name: str, shape: Shape, device: str, rounds: int) -> Row:

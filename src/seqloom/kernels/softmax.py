@@ -336,9 +336,9 @@ def preference(q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern, segments: S
     if compiled:  # there, `chunked` is as many copies of a step as T asks for
         return ("flex", "fused")
     pairs = batch * tokens * stored * (1 if pattern.slopes is None else heads)
-    if not torch.is_grad_enabled() and pairs <= cuda_attention.MASK:  # a few tokens after cached ones: not worth compiling
-        return kernels
-    return blocks
+    few = not torch.is_grad_enabled() and pairs <= cuda_attention.MASK
+    # some tokens after cached ones: not worth compiling for, and a mask is small
+    return kernels if few and (segments is None or keys is not None) else blocks
 
 
 def _unmasked(pattern: Pattern, tokens: int, stored: int) -> bool:

@@ -142,7 +142,8 @@ def _section(kind: str, record: Record) -> list[str]:
         f"## {TITLES[kind]}",
         "",
         f"{record['asks'][0].upper()}{record['asks'][1:]}: `{record['task']}`, "
-        f"{record['steps']} steps of {record['batch']} rows, {length} tokens each. The score: {record['metric']}, mean and standard deviation over seeds.{chance}",
+        f"{record['steps']} steps of {record['batch']} rows, {length} tokens each. "
+        f"The score: {record['metric']}, mean and standard deviation over seeds.{chance}",
         "",
         f"![{TITLES[kind]}: score against state and against training time](map/{kind}.svg)",
         "",
