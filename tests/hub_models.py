@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 from torch.nn import functional as F
 
@@ -40,13 +39,8 @@ def model_of(mixers=HYBRID, **settings) -> SeqloomForCausalLM:
     return wrap(layer_of(mixers, **settings), pad_token_id=0)
 
 
-@pytest.fixture
-def model():
-    return model_of()
-
-
-@pytest.fixture
-def folder(model, tmp_path):
+def saved(model, tmp_path) -> Path:
+    """The fixture of a folder with the fixture `model`."""
     model.save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
 

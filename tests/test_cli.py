@@ -176,7 +176,7 @@ def test_a_trained_model_is_scored_and_continues_a_prompt(trained, notes, capsys
 
 def compared(out):
     found = json.loads((out / "comparison.json").read_text())
-    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG") and "<svg" in (out / "comparison.svg").read_text()
+    assert (out / "comparison.svg").read_text().startswith("<svg")
     counts = [row["parameters"] for row in found["rows"]]
     assert max(counts) <= 1.02 * min(counts)
     assert all(row["state_bytes"] > 0 and row["tokens_per_second"] > 0 for row in found["rows"])

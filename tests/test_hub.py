@@ -10,7 +10,7 @@ import sys
 import peft
 import pytest
 import torch
-from hub_models import CHECKPOINTS, VOCAB, WIDTH, close, ids_of, layer_of, left_padded, made, model_of, spec_of
+from hub_models import CHECKPOINTS, VOCAB, WIDTH, close, ids_of, layer_of, left_padded, made, model_of, saved, spec_of
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import (
@@ -29,7 +29,8 @@ from seqloom.core.marks import marks
 from seqloom.hub import SeqloomCache, SeqloomForCausalLM, SeqloomForSequenceClassification, load, wrap
 from seqloom.mixers import LinearAttention, SoftmaxAttention
 
-pytest_plugins = ("hub_models",)
+model = pytest.fixture(lambda: model_of(), name="model")
+folder = pytest.fixture(saved, name="folder")
 
 # -- registering, saving, loading --------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from hub_models import HYBRID, WIDTH, close
+from hub_models import HYBRID, WIDTH, close, model_of, saved
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
@@ -19,7 +19,8 @@ from seqloom.models import Block, Stack
 from seqloom.models.sequence import language_model
 from seqloom.parts import SwiGLU
 
-pytest_plugins = ("hub_models",)
+model = pytest.fixture(lambda: model_of(), name="model")
+folder = pytest.fixture(saved, name="folder")
 
 # -- folders -----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The models under transformers' `generate`: padded batches, beams, sampling, assisted decoding, the cache; padding and packing."""
+"""Under transformers' `generate`: padded batches, beams, sampling, assisted decoding, the cache; padding and packing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from seqloom.generate import Ring, generate
 from seqloom.hub import SeqloomCache
 from seqloom.hub.edge import segments_of
 
-pytest_plugins = ("hub_models",)
+model = pytest.fixture(lambda: model_of(), name="model")
 
 # -- generating --------------------------------------------------------------------------------------------------
 

@@ -183,6 +183,20 @@ def test_the_original_state_spaces_layout(kind, tied, tmp_path):
     torch.testing.assert_close(scores(ours, ids), scores(theirs, ids), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["mamba", "mamba2-biased"])
+def test_names_of_settings_in_flash_linear_attention(kind, tmp_path):
+    made(kind).save_pretrained(tmp_path)
+    _, spec = import_checkpoint(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    renamed = {"layer_norm_epsilon": "norm_eps", "time_step_limit": "dt_limit"}
+    config = {renamed.get(name, name): value for name, value in config.items()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert import_checkpoint(tmp_path)[1] == spec
+    change(tmp_path, norm_before_gate=True)
+    with pytest.raises(BadInput, match="norm_before_gate = False"):
+        import_checkpoint(tmp_path)
+
+
 def test_half_precision_checkpoints_keep_marked_parameters_wide(tmp_path):
     made("llama").to(torch.bfloat16).save_pretrained(tmp_path)
     assert {p.dtype for p in import_checkpoint(tmp_path)[0].parameters()} == {torch.bfloat16}

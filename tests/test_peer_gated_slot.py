@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 
+from seqloom.core import runnable
 from seqloom.mixers import gated_slot
 from seqloom.mixers.gated_slot import Slots
 
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.peer
 B, T, H, G, K, V, M = 2, 70, 4, 2, 8, 6, 5
 
 
-@pytest.mark.parametrize("form", gated_slot.FORMS)
+@pytest.mark.parametrize("form", runnable(gated_slot.FORMS, "cpu"))
 @pytest.mark.parametrize("tau", [1.0, 8.0])
 def test_gated_slots_that_heads_share(form, tau):
     with warnings.catch_warnings():

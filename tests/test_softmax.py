@@ -302,6 +302,16 @@ def test_every_kernel_has_a_limit_of_recompilations_of_its_own(monkeypatch):
                 torch.compile(cuda_attention._attend, fullgraph=True, dynamic=False)(torch.ones(2), by)
 
 
+@pytest.mark.parametrize("ids", [None, 1])
+@pytest.mark.parametrize("settings", [{}, dict(window=16), dict(position="alibi"), dict(prefix=5)], ids=str)
+def test_a_layer_is_one_graph(settings, ids):
+    mixer, x = layer(**settings), draw(2, 200, 16)
+    info = Info(segments=None if ids is None else packed(200)[1])
+    torch._dynamo.reset()
+    got = torch.compile(mixer, backend="eager", fullgraph=True)(x, info=info).y
+    torch.testing.assert_close(got, mixer(x, info=info).y, rtol=0, atol=1e-12)
+
+
 def varlen_in_words(q, k, v, q_starts, k_starts, most_q, most_k, window, scale):
     """What torch.nn.attention.varlen computes, row by row."""
     y, ends = [], [x.tolist() for x in (q_starts, k_starts)]

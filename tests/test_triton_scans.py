@@ -19,8 +19,8 @@ from torch import Tensor
 from seqloom.core.segments import Segments, Track, resolve
 from seqloom.kernels import decay_scan, diagonal_scan
 
-# gate (0 none, 1 per head, 2 per channel), tokens, groups, heads, key, value, segments with NaN at pads, diagonal, and the
-# largest log decay
+# gate (0 none, 1 per head, 2 per key channel, 3 per value channel), tokens, groups, heads, key, value, segments with NaN at
+# pads, diagonal, and the largest log decay
 DECAY = {
     "none": (0, 130, 1, 2, 20, 24, False, True, 0.0),
     "none_packed": (0, 130, 2, 2, 16, 40, True, True, 0.0),
@@ -31,7 +31,17 @@ DECAY = {
     "channel_packed": (2, 130, 1, 1, 16, 16, True, True, 0.3),
     "channel_violent": (2, 70, 1, 1, 16, 16, True, False, 20.0),
     "one_token": (2, 1, 1, 1, 16, 16, False, True, 0.3),
+    "head_wide": (1, 40, 1, 2, 150, 16, True, True, 0.3),
+    "channel_wide": (2, 40, 1, 2, 150, 16, True, True, 0.3),
+    "value": (3, 100, 2, 2, 16, 40, False, True, 0.3),
+    "value_packed": (3, 130, 1, 2, 20, 24, True, False, 0.3),
+    "value_violent": (3, 40, 1, 1, 16, 16, True, True, 20.0),
+    "value_wide": (3, 40, 1, 2, 16, 150, True, True, 0.3),
+    "value_one_token": (3, 1, 1, 1, 16, 16, True, True, 0.3),
 }
+# T in parts that are walked side by side
+PARTS = {"none": (0, 230, 1, 1, 16, 16, True, True, 0.0), "head": (1, 230, 1, 1, 16, 16, True, True, 0.3),
+         "channel": (2, 230, 1, 1, 16, 16, False, True, 0.1), "value": (3, 230, 1, 1, 16, 16, True, True, 0.1)}
 # tokens, channels, segments, parts of T at most
 DIAGONAL = {"plain": (130, 70, False, 1), "parts": (200, 20, False, 3), "packed": (200, 20, True, 3), "one": (1, 5, True, 1)}
 
@@ -68,14 +78,39 @@ def furthest(kernel: object, streams: list, state: Tensor, segments: Segments | 
 
 
 def decay(gate: int, tokens: int, groups: int, heads: int, key: int, value: int, packed: bool, diagonal: bool,
-          most: float) -> float:
+          most: float, parts: bool = False) -> float:
+    from seqloom.kernels.triton import decay_scan as launched
+
+    launched.LEAST, launched.FILL = (1, 64) if parts else (8, 128)
+    axis, channels = ("value", value) if gate == 3 else ("key", key)
     q, k = (torch.randn(2, tokens, groups, key) * key**-0.5 for _ in range(2))
-    log_a = None if gate == 0 else -most * torch.rand(2, tokens, heads, *[key] * (gate == 2))
+    log_a = None if gate == 0 else -most * torch.rand(2, tokens, heads, *[channels] * (gate >= 2))
     if log_a is not None:
         log_a[:, ::3] *= 0.01
     streams = [q, k, torch.randn(2, tokens, heads, value), log_a]
     return furthest(decay_scan, streams, torch.randn(2, heads, key, value), pattern(tokens) if packed else None,
-                    diagonal=diagonal)
+                    diagonal=diagonal, axis=axis)
+
+
+def never() -> float:
+    """Decays of exactly 0 among weak ones, a logarithm of -inf: they leave no rounding error, nor what is not a number."""
+    worst = 0.0
+    for axis, channels in (("key", ()), ("key", (16,)), ("value", (16,))):
+        log_a = torch.where(torch.rand(1, 70, 1, *channels) < 0.1, -torch.inf, -1e-3)
+        streams = [*(torch.randn(1, 70, 1, 16) for _ in range(3)), log_a]
+        worst = max(worst, furthest(decay_scan, streams, torch.randn(1, 1, 16, 16), None, axis=axis))
+    return worst
+
+
+def half() -> float:
+    """float16, in which exp of a chunk's decay would overflow, with outputs in float32."""
+    log_a = -1.5 * torch.rand(2, 70, 1, 16)
+    streams = [x.half() for x in (*(torch.randn(2, 70, 1, 16) / 4 for _ in range(3)), log_a)]
+    state = torch.randn(2, 1, 16, 16)
+    found = [decay_scan.fused(*streams, state=state, axis=axis, wide=True).y for axis in ("key", "value")]
+    want = [decay_scan.chunked(*(x.double() for x in streams), state=state.double(), axis=axis).y for axis in ("key", "value")]
+    assert all(y.dtype == torch.float32 for y in found)
+    return max(float((x.double() - y).norm() / y.norm()) for x, y in zip(found, want, strict=True))
 
 
 def diagonal(tokens: int, channels: int, packed: bool, parts: int) -> float:
@@ -119,7 +154,8 @@ def compiled() -> float:
     """Both kernels in one graph, without a break: the largest difference of a gradient."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
-        return decay_scan.fused(q, k, v, log_a).y + diagonal_scan.fused(log_a.exp(), v).y
+        y = decay_scan.fused(q, k, v, log_a).y + decay_scan.fused(q, k, v, log_a, axis="value", wide=True).y
+        return y + diagonal_scan.fused(log_a.exp(), v).y
 
     given = [*(torch.randn(1, 20, 1, 16) for _ in range(3)), -torch.rand(1, 20, 1, 16)]
     seen = []
@@ -129,7 +165,7 @@ def compiled() -> float:
     return max(float((x - y).abs().max()) for x, y in zip(*seen, strict=True))
 
 
-CHECKS = (turning, neighbour, compiled)
+CHECKS = (turning, neighbour, compiled, never, half)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -137,6 +173,9 @@ if __name__ == "__main__":
     for name, given in DECAY.items():
         torch.manual_seed(0)
         report[f"decay {name}"] = decay(*given)
+    for name, given in PARTS.items():
+        torch.manual_seed(0)
+        report[f"parts {name}"] = decay(*given, parts=True)
     for name, given in DIAGONAL.items():
         torch.manual_seed(0)
         report[f"diagonal {name}"] = diagonal(*given)
@@ -156,7 +195,8 @@ def report() -> dict[str, float]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", [*(f"decay {name}" for name in DECAY), *(f"diagonal {name}" for name in DIAGONAL)])
+@pytest.mark.parametrize("name", [*(f"decay {name}" for name in DECAY), *(f"parts {name}" for name in PARTS),
+                                  *(f"diagonal {name}" for name in DIAGONAL)])
 def test_it_agrees_with_the_chunked_form_in_float64(report, name):
     assert report[name] < 1e-5
 
@@ -167,6 +207,14 @@ def test_complex_decays_are_turned_away(report):
 
 def test_a_violent_neighbour_leaves_no_rounding_error(report):
     assert report["neighbour"] < 1e-5
+
+
+def test_decays_of_exactly_zero_are_exact(report):
+    assert report["never"] < 1e-5
+
+
+def test_strong_decays_fit_float16(report):
+    assert report["half"] < 1e-3
 
 
 def test_compilers_pass_through_them_without_a_break(report):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class AdviseOptions:
-    """Pick a mixer from measured costs and the map's scores: the answer, its reasons, the runner-up, and what would change it."""
+    """Pick a mixer from measured costs and the map's scores: its reasons, the runner-up, and what would change it."""
 
     length: int | None = None
     """Tokens of a row."""
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
             stderr(f"wrote {path}")
         return
     missing = [f"--{name}" for name in ("length", "task", "memory") if getattr(options, name) in (None, "")]
-    if missing:
+    if missing or options.length is None:
         raise BadInput(f"missing: {', '.join(missing)}; for example seqloom advise --length 8192 --task recall --memory 8GB")
     at_least(1, length=options.length, dim=options.dim, layers=options.layers, batch=options.batch)
     question = study.Question(

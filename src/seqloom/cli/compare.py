@@ -53,7 +53,7 @@ class CompareOptions:
 def main(argv: list[str]) -> None:
     options = parse(CompareOptions, argv, verb="compare")
     if options.map is not None:
-        return draw_map(options)
+        return draw_map(options.map, options)
     names = [name.strip() for name in options.mixers.split(",") if name.strip()]
     if not names:
         raise BadInput("missing: --mixers, two or more names with commas between (or --map, to draw what is stored)")
@@ -70,14 +70,14 @@ def main(argv: list[str]) -> None:
         run(names, options)
 
 
-def draw_map(options: CompareOptions) -> None:
+def draw_map(folder: Path, options: CompareOptions) -> None:
     from seqloom.study import atlas
 
     if options.mixers or options.data or options.task:
         raise BadInput("--map draws what is stored and trains nothing: leave out --mixers, --data and --task")
-    if options.map.exists() and not options.map.is_dir():
-        raise BadInput(f"--map {options.map} is a file; it takes a folder such as docs")
-    for path in atlas.write(atlas.read(options.records), options.map):
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"--map {folder} is a file; it takes a folder such as docs")
+    for path in atlas.write(atlas.read(options.records), folder):
         stderr(f"wrote {path}")
 
 
@@ -90,7 +90,7 @@ def run(names: list[str], options: CompareOptions) -> None:
         found = study.compare_on_text(
             names, options.data, out=options.out, dim=options.dim, layers=options.layers, context=options.context,
             batch=options.batch, steps=options.steps, lr=options.lr, seeds=options.seeds, column=options.column, say=stderr)
-    else:
+    elif options.task is not None:
         budget = Budget(steps=options.steps, batch=options.batch)
         found = study.compare_on_task(names, options.task, dim=options.dim, layers=options.layers, budget=budget,
                                       seeds=options.seeds, jobs=options.jobs, say=stderr)

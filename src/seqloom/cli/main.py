@@ -25,6 +25,7 @@ VERBS = {
     "show": "one mixer: equation, source, forms, parameters, state, cost",
     "check": "run the laws, or a paper's checks and claims",
     "bench": "measure speed beside what you would use instead",
+    "advise": "which mixer for a length, a task and a memory",
 }
 
 

@@ -107,15 +107,17 @@ def run(forms: Mapping[str, Callable], *streams: torch.Tensor, name: str, layer_
 def run_part(forms: Mapping[str, Callable], x: torch.Tensor, *streams: torch.Tensor | None, name: str, **options: Any) -> Any:
     """As `run`, for a part of a mixer: a definition and a form `fused`, chosen whatever the length.
 
-    A form that is asked of all and that the part has not means its definition: `use_form("fused")` asks it of parts too,
-    `use_form("chunked")` computes them as they are defined, and `use_form(short_conv="parallel")` asks one part by name.
+    A form that is asked of all and that the part does not have here, or not in this dtype, means its definition: on a GPU
+    `use_form("fused")` asks it of parts too, `use_form("chunked")` computes them as they are defined, and
+    `use_form(short_conv="parallel")` asks one part by name.
     """
     tracing = torch.compiler.is_compiling()
     asked = _traced if tracing else _asked.get()
     form = definition = next(iter(forms))
     if not asked and x.device.type not in forms["fused"].devices:  # type: ignore[attr-defined]
         return forms[definition](x, *streams, **options)  # nothing to choose: at a single token choosing would cost a tenth
-    if name in asked or asked.get("*", definition) in forms:
+    every = asked.get("*", definition)
+    if name in asked or (every in runnable(forms, x.device) and is_exact(forms[every], x.dtype)):
         form = choose(forms, name=name, tokens=0, device=x.device, dtype=x.dtype, prefer=("fused",))
     if form != definition and not tracing:
         record(name, form, x.device)

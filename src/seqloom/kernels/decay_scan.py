@@ -169,8 +169,8 @@ def fused(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[Ten
           segments: Segments | None = None, diagonal: bool = True, axis: Axis = "key", wide: bool = False) -> Mixed:
     """As `chunked`, by Triton kernels: matrix products in the streams' dtype, sums and states in float32, as is y if `wide`.
 
-    Of the axis that decays (that of keys, where there is one decay per head or none) a kernel holds 256 channels: more are
-    as many more heads, and what they read along keys is added.
+    Of the axis that decays (that of keys, where there is one decay per head or none) a kernel holds 256 channels, in float32
+    128: more are as many more heads, and what these read along keys is added.
     """
     from seqloom.kernels.triton import decay_scan  # lazy: the package runs without Triton
 
@@ -184,7 +184,7 @@ def fused(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[Ten
     q, k, v = (x.to(low) for x in (q, k, v))
     log_a = None if log_a is None else log_a.to(narrow(log_a.dtype))
     whole = value if by_value else key
-    parts = -(-whole // decay_scan.WIDEST)
+    parts = -(-whole // decay_scan.widest(low))
     if parts > 1:
         cut = lambda x: rearrange(  # noqa: E731
             F.pad(x, (0, -whole % parts)), "b t g (n k) -> b t (g n) k", n=parts)

@@ -517,6 +517,7 @@ def _band(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, segments: Segments 
     batch, tokens = q.shape[:2]
     chunk, reach, size = _chunk(pattern)
     past = k.shape[1] - tokens
+    place = None
     if segments is not None:
         source, place = segments.order()
         own = torch.cat([torch.arange(past, device=q.device).expand(batch, past), source + past], 1)
@@ -537,7 +538,7 @@ def _band(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, segments: Segments 
 
     def join(x: Tensor) -> Tensor:
         x = rearrange(x, "(b n) c ... -> b (n c) ...", b=batch)[:, :tokens]
-        return x if segments is None else take(x, place)
+        return x if place is None else take(x, place)
 
     return Partial(join(y), None if lse is None else join(lse))
 

@@ -111,7 +111,11 @@ class Measured(NamedTuple):
 def shipped() -> Measured:
     """What comes with the package."""
     folder = resources.files("seqloom.study") / "data"
-    return Measured(*(json.loads((folder / name).read_text()) for name in ("costs.json", "map.json")))
+    try:
+        return Measured(*(json.loads((folder / name).read_text()) for name in ("costs.json", "map.json")))
+    except FileNotFoundError as error:
+        raise BadInput(f"this installation has no {error.filename}; in a checkout `seqloom advise --refresh benchmarks` makes "
+                       "it") from error
 
 
 def digest_map(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -267,8 +271,9 @@ def _reasons(question: Question, decision: Decision, found: list[Candidate], mea
     fast = min(decision.good, key=lambda one: one.seconds)
     if pick.mixer == PLAIN and pick is not fast:
         ratio = pick.seconds / fast.seconds
-        why = "it keeps every token, where a constant state keeps what fits" if question.task in HOLDS else \
-            "it needs no special kernel and runs everywhere"
+        why = "it keeps every token, and a constant state keeps what it has room for"
+        if question.task not in HOLDS or fast.grows:
+            why = "it needs no special kernel and runs everywhere"
         lines.append(f"{fast.mixer} would be {ratio:.1f} times as fast; {why}")
     elif len(decision.good) > 1:
         lines.append(f"of {len(decision.good)} that score within {_shown_close(question, metric)} of the best it is "
@@ -300,7 +305,7 @@ def _otherwise(question: Question, decision: Decision, found: list[Candidate], m
                 value = int(getattr(question, key) * factor**power)
                 if value < 1:
                     break
-                other = replace(question, **{key: value})
+                other = replace(question, length=value) if key == "length" else replace(question, memory=value)
                 again = decide(other, candidates(other, measured) if key == "length" else found)
                 amount = f"{value:,} {word}" if key == "length" else f"{size(value)} {word}"
                 if again is None:
@@ -322,14 +327,14 @@ def _cautions(question: Question, decision: Decision, found: list[Candidate], me
         low, high = device["ranges"][key]
         if not low <= value <= high:
             word = {"tokens": "length", "dim": "width", "batch": "batch"}[key]
-            lines.append(f"extrapolated: costs on {question.device} were measured at a {word} of {low:,} to {high:,}, and {value:,} "
-                         "is asked for")
+            lines.append(f"extrapolated: costs on {question.device} were measured at a {word} of {low:,} to {high:,}, and "
+                         f"{value:,} is asked for")
     lines.append(f"scores are of {record['layers']} blocks of width {record['dim']}, {record['length']} tokens and "
                  f"{record['steps']} steps" + ("" if question.length == record["length"] else "; the order at "
                                                f"{question.length:,} tokens is extrapolated"))
     if not decision.pick.holds(question):
-        lines.append(f"no mixer that fits is known to hold {question.length:,} tokens word for word; {_name(decision.pick.mixer)} "
-                     f"is trusted to {decision.pick.trusted_to:,}")
+        lines.append(f"no mixer that fits is known to hold {question.length:,} tokens word for word; "
+                     f"{_name(decision.pick.mixer)} is trusted to {decision.pick.trusted_to:,}")
     floor = record["chance"] + 0.5 * (1 - record["chance"])
     if question.task != "lm" and decision.pick.score < floor:
         lines.append(f"nothing that fits has learnt the task on the map's budget: the best score is {decision.pick.shown}")
@@ -345,9 +350,9 @@ def _cautions(question: Question, decision: Decision, found: list[Candidate], me
 
 def _nothing_fits(question: Question, found: list[Candidate]) -> str:
     least = min(found, key=lambda one: one.bytes)
-    return (f"nothing fits {size(question.memory)} at {question.length:,} tokens, batch {question.batch}, width {question.dim} and "
-            f"{question.layers} layers; the smallest is {least.mixer} with {size(least.bytes)}: give that, or a shorter length, "
-            "a smaller batch or width" + (", or ask --to generate" if question.to == "train" else ""))
+    return (f"nothing fits {size(question.memory)} at {question.length:,} tokens, batch {question.batch}, width {question.dim} "
+            f"and {question.layers} layers; the smallest is {least.mixer} with {size(least.bytes)}: give that, or a shorter "
+            "length, a smaller batch or width" + (", or ask --to generate" if question.to == "train" else ""))
 
 
 def size(count: float) -> str:

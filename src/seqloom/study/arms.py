@@ -67,15 +67,24 @@ def equalise(stacks: Mapping[str, Stack], *, vocab: int, among: Iterable[Stack] 
     return {name: _widen(model, target, name) for name, model in models.items()}
 
 
+def equal_stacks(stacks: Mapping[str, Stack], *, vocab: int, among: Iterable[Stack] = ()) -> dict[str, Stack]:
+    """The stacks of `equalise`, for a task to wrap."""
+    found = {name: model.stack for name, model in equalise(stacks, vocab=vocab, among=among).items()}
+    return {name: stack for name, stack in found.items() if isinstance(stack, Stack)}
+
+
 def _widen(model: SequenceModel, target: int, name: str) -> SequenceModel:
+    stack = model.stack
+    assert isinstance(stack, Stack)
+
     def at(extra: int) -> SequenceModel:
         blocks = tuple(
-            replace(block, mlp=SwiGLU(hidden=(block.mlp.hidden or -(-model.stack.dim * 8 // 3 // 8) * 8) + extra))
+            replace(block, mlp=SwiGLU(hidden=(block.mlp.hidden or -(-stack.dim * 8 // 3 // 8) * 8) + extra))
             if isinstance(block.mlp, SwiGLU)
             else block
-            for block in model.stack.blocks
+            for block in stack.blocks
         )
-        return replace(model, stack=replace(model.stack, blocks=blocks))
+        return replace(model, stack=replace(stack, blocks=blocks))
 
     here, step = parameters_of(model), parameters_of(at(1)) - parameters_of(at(0))
     if step:

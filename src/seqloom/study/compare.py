@@ -19,7 +19,7 @@ import torch
 from seqloom.core import BadInput, Budget, near
 from seqloom.data import prepare
 from seqloom.models.sequence import SequenceModel
-from seqloom.study.arms import arm, equalise, parameters_of
+from seqloom.study.arms import arm, equal_stacks, equalise, parameters_of
 from seqloom.study.chart import Panel, Point, scatter
 from seqloom.study.digest import commit, machine
 from seqloom.study.fit import fit
@@ -104,9 +104,9 @@ def compare_on_task(
     if isinstance(task, str):
         task, settings = task_of(task)
     stacks = {name: arm(name, dim=dim, layers=layers, settings=settings) for name in mixers}
-    models = equalise(stacks, vocab=max(task.vocab, task.classes))
-    specs = {name: task.wrap(model.stack) for name, model in models.items()}
-    length = task.sample(1, torch.Generator().manual_seed(0)).inputs.shape[1]
+    equal = equal_stacks(stacks, vocab=max(task.vocab, task.classes))
+    specs = {name: task.wrap(stack) for name, stack in equal.items()}
+    length = task.sample(1, torch.Generator().manual_seed(0)).inputs.shape[1]  # type: ignore[attr-defined]
     work = [(name, specs[name], task, budget, lr, CALIBRATION) for name in mixers for lr in budget.lrs]
     with _executor(jobs) as pool:
         trials = _told(pool.map(_fit_row, work), say)
@@ -286,5 +286,6 @@ def _train_row(work: tuple) -> RunRow:
     if (config.out / "run.json").exists():  # a comparison that was stopped is begun anew, run by run
         shutil.rmtree(config.out)
     result = train(config, spec=spec, corpus=corpus, progress=False)
+    assert result.score is not None  # a corpus of files has held-out text
     return RunRow(name, config.seed, result.score.bits_per_byte, result.tokens_per_second, peak_memory(), result.seconds,
                   config.lr)

@@ -102,11 +102,11 @@ def _fit_mixer(name: str, rows: Sequence[Row]) -> dict[str, Any]:
 
 def read_results(folder: Path) -> dict[str, list[Row]]:
     """Rows of committed whole-model benchmarks, seconds per block, by file."""
-    found = {}
+    found: dict[str, list[Row]] = {}
     for file, (what, layers) in SUITES.items():
         path = folder / f"{file}.json"
         if path.exists():
-            rows = []
+            rows: list[Row] = []
             for row in json.loads(path.read_text())["rows"]:
                 seconds = row["seconds"] if what == "train" else 1 / row["tokens_per_second"]
                 rows.append({"mixer": row["name"], "what": what, "batch": row.get("batch", 1), "dim": 256,

@@ -19,7 +19,7 @@ import torch
 
 from seqloom.core import BadInput, Budget, near
 from seqloom.models.backbone import Stack
-from seqloom.study.arms import arm, causal_mixers, equalise, parameters_of
+from seqloom.study.arms import arm, causal_mixers, equal_stacks, parameters_of
 from seqloom.study.digest import commit, machine
 from seqloom.study.fit import fit
 from seqloom.tasks import Copy, MultiQueryRecall, TopicBytes, WordProblem
@@ -85,11 +85,12 @@ def mixers_of_map() -> list[str]:
 def arms_of(kind: str, names: Iterable[str]) -> dict[str, Stack]:
     """Stacks by name, each widened to the parameters of the largest on the whole map, whichever are asked for."""
     what, names = kind_of(kind), list(names)
-    sizes = dict(dim=DIM, layers=LAYERS, heads=HEADS, settings=what.settings)
-    stacks = {name: arm(name, **sizes) for name in names}
-    among = [arm(name, **sizes) for name in mixers_of_map()]
-    models = equalise(stacks, vocab=max(what.task.vocab, what.task.classes), among=among)
-    return {name: model.stack for name, model in models.items()}
+
+    def stack(name: str) -> Stack:
+        return arm(name, dim=DIM, layers=LAYERS, heads=HEADS, settings=what.settings)
+
+    among = [stack(name) for name in mixers_of_map()]
+    return equal_stacks({name: stack(name) for name in names}, vocab=max(what.task.vocab, what.task.classes), among=among)
 
 
 @dataclass(frozen=True)

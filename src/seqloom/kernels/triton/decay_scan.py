@@ -37,7 +37,6 @@ FILL = 128    # walks that keep a card busy: with fewer rows T is cut in parts
 LEAST = 8     # chunks of a part, at least
 FINE = True   # factors of gradients per channel in tf32: 1.5 times plain PyTorch's error instead of 2 in bfloat16
 MANY = 64     # blocks of channels that a program for steep ones looks at
-WIDEST = 256  # channels of the axis that a walk holds whole, at most: more are given as more heads
 
 
 class Tile(NamedTuple):
@@ -636,6 +635,11 @@ def _heads_kernel(q_ptr, k_ptr, v_ptr, log_a_ptr, late_ptr, early_ptr, whole_ptr
     _store_rows(dk_ptr + h * K, token, H * K, d, inside, K, tl.where(real[:, None], dk, 0.0))
 
 
+def widest(dtype: torch.dtype) -> int:
+    """Channels of the axis that a walk holds whole, at most: more are given as more heads."""
+    return 128 if dtype == torch.float32 else 256
+
+
 def _keys(key: int) -> int:
     return max(triton.next_power_of_2(key), 32)  # below 32 the three passes of tf32x3 come out as one (Triton 3.6)
 
@@ -703,7 +707,7 @@ def _shape(q: Tensor, v: Tensor, log_a: Tensor | None, by_value: bool) -> Shape:
     if by_value:
         key, value = value, key
     gate = 0 if log_a is None else log_a.ndim - 2
-    chunk = 32 if q.dtype == torch.float32 and (key > 128 or gate == 2) else 64  # what registers and shared memory hold
+    chunk = 32 if q.dtype == torch.float32 and gate == 2 else 64  # what registers and shared memory hold
     return Shape(batch, tokens, heads, groups, key, value, gate, q.dtype, chunk)
 
 
@@ -928,9 +932,9 @@ def launch(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, start: Tensor,
            diagonal: bool = True, by_value: bool = False, wide: bool = False) -> tuple[Tensor, Tensor]:
     """y, in float32 if `wide`, and the last state, with gradients where a stream asks for one.
 
-    The axis of the state that a walk holds whole, that of keys, or of values where these decay (`by_value`), has at most WIDEST
-    channels; queries and keys have H heads where decays are per channel; `start` and the last state are [B, H, K, V], or
-    [B, H, V, K] with `by_value`.
+    The axis of the state that a walk holds whole, that of keys, or of values where these decay (`by_value`), has `widest`
+    channels at most; queries and keys have H heads where decays are per channel; `start` and the last state are
+    [B, H, K, V], or [B, H, V, K] with `by_value`.
     """
     streams = [x for x in (q, k, v, log_a, start) if x is not None]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in streams)
