@@ -40,8 +40,8 @@ DECAY = {
     "value_one_token": (3, 1, 1, 1, 16, 16, True, True, 0.3),
 }
 # T in parts that are walked side by side
-PARTS = {"none": (0, 230, 1, 1, 16, 16, True, True, 0.0), "head": (1, 230, 1, 1, 16, 16, True, True, 0.3),
-         "channel": (2, 230, 1, 1, 16, 16, False, True, 0.1), "value": (3, 230, 1, 1, 16, 16, True, True, 0.1)}
+PARTS = {"none": (0, 150, 1, 1, 16, 16, True, True, 0.0), "head": (1, 150, 1, 1, 16, 16, True, True, 0.3),
+         "channel": (2, 150, 1, 1, 16, 16, False, True, 0.1), "value": (3, 150, 1, 1, 16, 16, True, True, 0.1)}
 # tokens, channels, segments, parts of T at most
 DIAGONAL = {"plain": (130, 70, False, 1), "parts": (200, 20, False, 3), "packed": (200, 20, True, 3), "one": (1, 5, True, 1)}
 
@@ -96,8 +96,8 @@ def never() -> float:
     """Decays of exactly 0 among weak ones, a logarithm of -inf: they leave no rounding error, nor what is not a number."""
     worst = 0.0
     for axis, channels in (("key", ()), ("key", (16,)), ("value", (16,))):
-        log_a = torch.where(torch.rand(1, 70, 1, *channels) < 0.1, -torch.inf, -1e-3)
-        streams = [*(torch.randn(1, 70, 1, 16) for _ in range(3)), log_a]
+        log_a = torch.where(torch.rand(1, 40, 1, *channels) < 0.1, -torch.inf, -1e-3)
+        streams = [*(torch.randn(1, 40, 1, 16) for _ in range(3)), log_a]
         worst = max(worst, furthest(decay_scan, streams, torch.randn(1, 1, 16, 16), None, axis=axis))
     return worst
 

@@ -42,13 +42,6 @@ ADD = {"recurrent": _adding(partial(scan, decay_scan.step)), "chunked": _adding(
        "parallel": _adding(decay_scan.parallel)}
 ACTIVATIONS = {"silu": F.silu, "elu": lambda x: F.elu(x) + 1, "relu": F.relu, "none": lambda x: x}
 EPS = 1e-5  # of the output norm
-# flash-linear-attention's name for each parameter here: rows stacked in this order, convolutions squeezed to [D, W]
-FLA_NAMES = {
-    "qkv.weight": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
-    "conv.weight": ("q_conv1d.weight", "k_conv1d.weight", "v_conv1d.weight"),
-    **{name: (name,) for name in ("b_proj.weight", "a_proj.weight", "A_log", "dt_bias", "g_proj.weight", "o_norm.weight",
-                                  "o_proj.weight")},
-}
 
 
 @dataclass(frozen=True, kw_only=True)
