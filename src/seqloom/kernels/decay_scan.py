@@ -163,7 +163,7 @@ def chunked(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[T
     return Mixed((y[:, :tokens] if extra else y).to(dtype), new)
 
 
-@gpu_only(torch.bfloat16, torch.float16)  # float32 faulted on an H100 in some shapes (Triton 3.6, tf32x3): not unasked
+@gpu_only()
 def fused(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[Tensor, "b t h v"],
           log_a: Tensor | None = None, *, state: Float[Tensor, "b h k v"] | None = None,
           segments: Segments | None = None, diagonal: bool = True, axis: Axis = "key", wide: bool = False) -> Mixed:
