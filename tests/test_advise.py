@@ -46,6 +46,9 @@ def test_rows_of_whole_models_join_at_one_scale():
     found = costs.fit_device([*rows, {"mixer": "softmax", "what": "train", "error": "out of memory"}], {"two threads": other})
     assert found["scales"]["two threads"] == pytest.approx(0.5, rel=0.05)
     assert found["ranges"]["tokens"] == [128, 4096] and found["ranges"]["dim"] == [64, 256] and found["rows"] == 11
+    wide = row(tokens=4096, dim=256)
+    assert costs.predict(found["mixers"]["softmax"]["train"], "train", wide, True) == pytest.approx(
+        costs.predict(truth, "train", wide, True), rel=0.02)
     assert found["mixers"]["softmax"]["grows"] and found["mixers"]["softmax"]["error"]["bytes"] < 1e-6
 
 

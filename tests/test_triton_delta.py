@@ -78,11 +78,34 @@ def case(tokens: int, key: int, value: int, decay: bool, packed: bool, first: bo
                       for form, dtype in ((delta_scan.fused, torch.float32), (delta_scan.chunked, torch.float64))))
 
 
-def neighbour() -> float:
+def spans() -> float:
+    """Rows cut in spans, some of them empty, as long rows are on a card that has few of them."""
+    from seqloom.kernels.triton import delta_scan as kernels
+
+    kernels.SHORTEST, before = 1, kernels.SHORTEST
+    try:
+        cuts = [kernels._spans(torch.empty(1, 1, 1, 16), 2, tokens, 1, 20) for tokens in (260, 330)]
+        plain = case(260, 24, 40, False, False, False, 1), case(260, 16, 20, True, False, True, 1)
+        return max(*plain, case(330, 16, 20, True, True, True, 1)) if cuts == [4, 4] else 1e9
+    finally:
+        kernels.SHORTEST = before
+
+
+def quiet_spans() -> float:
+    from seqloom.kernels.triton import delta_scan as kernels
+
+    kernels.SHORTEST, before = 1, kernels.SHORTEST
+    try:
+        return neighbour(400)
+    finally:
+        kernels.SHORTEST = before
+
+
+def neighbour(tokens: int = 90) -> float:
     """Values and log decays of another segment a million times larger move nothing by one bit: the number of outputs moved."""
-    quiet = streams(90, 16, 16, True)
+    quiet = streams(tokens, 16, 16, True)
     loud = [x.clone() for x in quiet]
-    ids = torch.ones(2, 90, dtype=torch.int64)
+    ids = torch.ones(2, tokens, dtype=torch.int64)
     ids[:, 30:65], ids[:, 65:] = 2, 3
     other = ids == 2
     for i in (2, 4):
@@ -90,8 +113,8 @@ def neighbour() -> float:
     segments, state, moved = resolve(ids, Track.start(2))[0], torch.ones(2, 1, 16, 16), 0
     runs = (everything(delta_scan.fused, inputs, state, segments, torch.float32) for inputs in (loud, quiet))
     for x, y in zip(*runs, strict=True):
-        if x.shape[1] == 90:
-            x, y = (torch.where(other.reshape(2, 90, *(1,) * (z.ndim - 2)), 0.0, z) for z in (x, y))
+        if x.shape[1] == tokens:
+            x, y = (torch.where(other.reshape(2, tokens, *(1,) * (z.ndim - 2)), 0.0, z) for z in (x, y))
         moved += not torch.equal(x, y)
     return moved
 
@@ -155,7 +178,7 @@ def exported() -> float:
     return furthest(list(program.module()(*short)), list(_traced(*short)))
 
 
-CHECKS = (neighbour, repeated, low, again, compiled, exported)
+CHECKS = (spans, quiet_spans, neighbour, repeated, low, again, compiled, exported)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -181,8 +204,12 @@ def test_it_agrees_with_the_chunked_form_in_float64(report, name):
     assert report[name] < 1e-5
 
 
+def test_spans_of_a_long_row_agree_with_the_chunked_form(report):
+    assert report["spans"] < 1e-5
+
+
 def test_a_violent_neighbour_leaves_no_rounding_error(report):
-    assert report["neighbour"] == 0
+    assert report["neighbour"] == report["quiet_spans"] == 0
 
 
 def test_repeated_keys_do_not_cancel(report):

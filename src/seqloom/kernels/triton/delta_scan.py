@@ -17,6 +17,15 @@ and everything else from chunk to chunk is parallel: dP = dY R', dA = -dV R', an
 Passes: P and X of all chunks; R and S from the first chunk on, one program per head and block of values; Y of all chunks;
 D and dV from the last chunk back; the other gradients of all chunks. Pairs and states are selected by runs (0 across a
 boundary), so that no number of one segment is in a sum of another's. Nothing is added atomically.
+
+Where heads are too few to fill a card, the chunks of a row are cut in spans. Each is walked from nothing first, for its last
+state E alone, and from the identity, for the transition M [K, K] that takes the state before it to the one after; then
+S_next = M S + E from span to span, and all spans are walked side by side. The same M, transposed, serves the adjoints.
+
+Of 16-bit streams, what a product rounds is a factor's error of 2^-9, and plain PyTorch's only error is that of the result, so
+two of them in a row are too many. So X - I is multiplied and not X, the rest added in float32; and where a factor is a sum
+over many tokens or feeds one (S and D as the walks read them, gain R and since dV as they write them, dP and dA), it goes in
+as two parts, high and low, in two products. For small keys, which the state sees again sooner, R is kept in two parts too.
 Source: [deltanet] Method 4, with errors in place of its writes; the decay as in kernels/delta_scan.py.
 """
 
@@ -63,11 +72,24 @@ CONFIGS = {
     (256, 4): Config(Tile(32, 0, 4, 1), Tile(0, 16, 8, 1), Tile(0, 32, 8, 1), Tile(0, 16, 8, 1), Tile(32, 32, 8, 1)),
 }
 FILL = 128  # programs that fill a card: the walks through chunks take narrower blocks of values until there are as many
+SPANS = 256  # programs of a walk over spans, and chunks of a span at least
+SHORTEST = 32
+SMALL = 64   # keys up to which R is kept in two parts
 
 
 @triton.jit
 def _dot(a, b, PRECISION: tl.constexpr):
     return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _fine(a, b, total, PRECISION: tl.constexpr):
+    """total + a b, for b in float32: as high and low parts in a's dtype where that is narrower."""
+    high = b.to(a.dtype)
+    total = tl.dot(a, high, total, input_precision=PRECISION)
+    if a.dtype != tl.float32:
+        total = tl.dot(a, (b - high.to(tl.float32)).to(a.dtype), total)
+    return total
 
 
 @triton.jit
@@ -174,7 +196,7 @@ def _inverse(a, scratch, C: tl.constexpr):
 def _system_kernel(q, k, beta, log_a, code, scores, inverse, total, since, gain, T, N, H, q_b, q_t, q_h, k_b, k_t, k_h,
                    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, SEGMENTS: tl.constexpr,
                    PRECISION: tl.constexpr):
-    """P and X [B, N, H, C, C]; L, since and gain [B, N, H, C]."""
+    """P and X - I [B, N, H, C, C]; L, since and gain [B, N, H, C]."""
     block = tl.program_id(0)
     h, n, b = block % H, (block // H) % N, (block // H // N).to(tl.int64)
     i, t0 = tl.arange(0, C), n * C
@@ -210,29 +232,46 @@ def _system_kernel(q, k, beta, log_a, code, scores, inverse, total, since, gain,
     tl.store(scores + here * C + square, (qk * weight).to(scores.dtype.element_ty))
     system = tl.where(i[:, None] > i[None, :], kk * weight, 0.0)
     X = _inverse(system, (inverse + here * C).to(tl.pointer_type(tl.float32)), C)
-    tl.store(inverse + here * C + square, X.to(inverse.dtype.element_ty))
+    tl.store(inverse + here * C + square, tl.where(i[:, None] == i[None, :], 0.0, X).to(inverse.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["T", "N"])
-def _states_kernel(k, v, code, inverse, since, gain, start, errors, states, new, T, N, H, k_b, k_t, k_h, v_b, v_t, v_h,
-                   K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-                   SCALED: tl.constexpr, SEGMENTS: tl.constexpr, START: tl.constexpr, PRECISION: tl.constexpr,
-                   STAGES: tl.constexpr):
-    """R [B, T, H, V], the state that enters each chunk [B, N, H, K, V], and the last one in float32."""
-    parts = tl.cdiv(V, BV)
-    row = tl.program_id(0) // parts
+@triton.jit(do_not_specialize=["T", "N", "spans", "span"])
+def _states_kernel(k, v, code, inverse, since, gain, start, errors, lower, states, new, moves, T, N, H, spans, span, k_b, k_t,
+                   k_h, v_b, v_t, v_h, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                   C: tl.constexpr, SCALED: tl.constexpr, SEGMENTS: tl.constexpr, START: tl.constexpr, PARTED: tl.constexpr,
+                   ENDS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):
+    """R [B, T, H, V], the state that enters each chunk [B, N, H, K, V], and the last one in float32.
+
+    Span p of `spans` of a row is chunks p `span` and following, from its own state of `start` [B, spans, H, K, V]. With ENDS
+    from nothing, but the first from `start` [B, H, K, V], for `new` [B, spans, H, K, V] alone; and from the identity, in
+    blocks of columns after those of V, for `moves` [B, spans, H, K, K].
+    """
+    blocks = tl.cdiv(V, BV)
+    if ENDS:
+        blocks += tl.cdiv(K, BV)
+    row, p = tl.program_id(0) // blocks, tl.program_id(1)
+    block = tl.program_id(0) % blocks
     h, b = row % H, (row // H).to(tl.int64)
-    i, d, e = tl.arange(0, C), tl.arange(0, BK), (tl.program_id(0) % parts) * BV + tl.arange(0, BV)
+    i, d, e = tl.arange(0, C), tl.arange(0, BK), block * BV + tl.arange(0, BV)
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
     errors += (b * T * H + h) * V
+    lower += (b * T * H + h) * V
     square = i[:, None] * C + i[None, :]
     matrix, ok = d[:, None] * V + e[None, :], (d < K)[:, None] & (e < V)[None, :]
+    begin, end = p * span, tl.minimum((p + 1) * span, N)
     S = tl.zeros([BK, BV], tl.float32)
-    if START:
-        S = tl.load(start + row.to(tl.int64) * K * V + matrix, mask=ok, other=0.0)
+    if ENDS:
+        if START:
+            S = tl.load(start + row.to(tl.int64) * K * V + matrix, mask=ok & (p == 0), other=0.0)
+        column = e - tl.cdiv(V, BV) * BV
+        moving = block * BV >= V
+        S = tl.where(moving & (d[:, None] == column[None, :]), 1.0, S)
+        end = tl.where(moving & (p == 0), begin, end)  # what enters the first is known
+    elif START:
+        S = tl.load(start + ((b * spans + p) * H + h) * K * V + matrix, mask=ok, other=0.0)
     length = tl.full([], C, tl.int64)
-    for n in tl.range(0, N, num_stages=STAGES):
+    for n in tl.range(begin, end, num_stages=STAGES):
         t0 = n * length
         here = (b * N + n) * H + h
         inside, real = _live(code, b, t0, T, i, SEGMENTS)
@@ -240,24 +279,80 @@ def _states_kernel(k, v, code, inverse, since, gain, start, errors, states, new,
         values = _load(v + t0 * v_t, i, v_t, e, real, V)
         X = tl.load(inverse + here * C * C + square)
         g = tl.load(gain + here * C + i)
-        low = S.to(keys.dtype)
-        tl.store(states + here * K * V + matrix, low, mask=ok)
-        seen = _dot(keys, low, PRECISION)
+        if not ENDS:
+            tl.store(states + here * K * V + matrix, S.to(states.dtype.element_ty), mask=ok)
+        seen = _fine(keys, S, tl.zeros([C, BV], tl.float32), PRECISION)
         if SCALED:
             seen = _scaled(seen, tl.load(since + here * C + i))
-        R = _dot(X, (values.to(tl.float32) - seen).to(keys.dtype), PRECISION)
-        _store(errors + t0 * H * V, i, H * V, e, inside, V, R)
+        R = values.to(tl.float32) - seen
+        R = tl.dot(X, R.to(keys.dtype), R, input_precision=PRECISION)
+        if not ENDS:
+            high = R.to(errors.dtype.element_ty)
+            _store(errors + t0 * H * V, i, H * V, e, inside, V, high)
+            if PARTED:
+                _store(lower + t0 * H * V, i, H * V, e, inside, V, R - high.to(tl.float32))
         if SCALED:
             whole = tl.load(since + here * C + C - 1)
             S = tl.where(whole == 0.0, 0.0, S * whole)
-        S += _dot(tl.trans(keys), (R * g[:, None]).to(keys.dtype), PRECISION)
-    tl.store(new + row.to(tl.int64) * K * V + matrix, S, mask=ok)
+        S = _fine(tl.trans(keys), R * g[:, None], S, PRECISION)
+    if ENDS:
+        here = (b * spans + p) * H + h
+        tl.store(new + here * K * V + matrix, S, mask=ok)
+        tl.store(moves + here * K * K + d[:, None] * K + column[None, :], S,
+                 mask=(d < K)[:, None] & ((column >= 0) & (column < K))[None, :])
+    else:
+        tl.store(new + row.to(tl.int64) * K * V + matrix, S, mask=ok & (p == spans - 1))
+
+
+@triton.jit(do_not_specialize=["T", "N", "spans", "span"])
+def _join_kernel(ends, moves, start, code, enter, T, H, spans, span, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+                 BV: tl.constexpr, C: tl.constexpr, BACK: tl.constexpr, SEGMENTS: tl.constexpr, START: tl.constexpr,
+                 PRECISION: tl.constexpr):
+    """What enters each span, `enter` [B, spans, H, K, V]: the end of the one before from nothing, and M times what entered it.
+
+    BACK: from the last to the first, by M'. `start` is what enters the first, and its end is from there and not from nothing.
+    """
+    blocks = tl.cdiv(V, BV)
+    row = tl.program_id(0) // blocks
+    h, b = row % H, (row // H).to(tl.int64)
+    d, e, part = tl.arange(0, BK), (tl.program_id(0) % blocks) * BV + tl.arange(0, BV), tl.arange(0, 32)
+    matrix, ok = d[:, None] * V + e[None, :], (d < K)[:, None] & (e < V)[None, :]
+    S = tl.zeros([BK, BV], tl.float32)
+    if START:
+        S = tl.load(start + row.to(tl.int64) * K * V + matrix, mask=ok, other=0.0)
+    p = 0
+    if BACK:
+        p = spans - 1
+    tl.store(enter + ((b * spans + p) * H + h) * K * V + matrix, S, mask=ok)
+    for step in range(1, spans):
+        here = (b * spans + p) * H + h
+        S = tl.load(ends + here * K * V + matrix, mask=ok, other=0.0)
+        alive = step > 1
+        if SEGMENTS:
+            at = code + b * T
+            before = tl.load(at + tl.minimum(p * span * C, T) - 1, mask=p > 0, other=0) >> 1  # the last ones may be empty
+            alive = alive & (before == (tl.load(at + tl.minimum((p + 1) * span * C, T) - 1) >> 1))
+        if alive:  # else M is 0 or known to be in the end
+            for piece in range(tl.cdiv(K, 32)):
+                r = piece * 32 + part
+                if BACK:
+                    M = tl.load(moves + here * K * K + r[None, :] * K + d[:, None],
+                                mask=(d < K)[:, None] & (r < K)[None, :], other=0.0)
+                else:
+                    M = tl.load(moves + here * K * K + d[:, None] * K + r[None, :],
+                                mask=(d < K)[:, None] & (r < K)[None, :], other=0.0)
+                entered = tl.load(enter + here * K * V + r[:, None] * V + e[None, :],
+                                  mask=(r < K)[:, None] & (e < V)[None, :], other=0.0)
+                S = tl.dot(M, entered, S, input_precision=PRECISION)
+        p = p - 1 if BACK else p + 1
+        tl.store(enter + ((b * spans + p) * H + h) * K * V + matrix, S, mask=ok)
+        tl.debug_barrier()  # the next step reads what other threads wrote
 
 
 @triton.jit(do_not_specialize=["T", "N"])
-def _outputs_kernel(q, code, scores, since, errors, states, y, T, N, H, q_b, q_t, q_h, K: tl.constexpr, V: tl.constexpr,
+def _outputs_kernel(q, code, scores, since, errors, lower, states, y, T, N, H, q_b, q_t, q_h, K: tl.constexpr, V: tl.constexpr,
                     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SCALED: tl.constexpr, SEGMENTS: tl.constexpr,
-                    PRECISION: tl.constexpr):
+                    PARTED: tl.constexpr, PRECISION: tl.constexpr):
     """Y [B, T, H, V]."""
     parts = tl.cdiv(V, BV)
     block = tl.program_id(0) // parts
@@ -273,31 +368,43 @@ def _outputs_kernel(q, code, scores, since, errors, states, y, T, N, H, q_b, q_t
     base = ((b * T + t0) * H + h) * V
     P = tl.load(scores + here * C * C + i[:, None] * C + i[None, :])
     out += _dot(P, _load(errors + base, i, H * V, e, inside, V), PRECISION)
+    if PARTED:
+        out += _dot(P, _load(lower + base, i, H * V, e, inside, V), PRECISION)
     _store(y + base, i, H * V, e, inside, V, out)
 
 
-@triton.jit(do_not_specialize=["T", "N"])
-def _adjoints_kernel(q, k, dy, code, scores, inverse, since, gain, dnew, dv, after, dstart, T, N, H, q_b, q_t, q_h, k_b, k_t,
-                     k_h, y_b, y_t, y_h, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+@triton.jit(do_not_specialize=["T", "N", "spans", "span"])
+def _adjoints_kernel(q, k, dy, code, scores, inverse, since, gain, dnew, dv, after, dstart, T, N, H, spans, span, q_b, q_t, q_h,
+                     k_b, k_t, k_h, y_b, y_t, y_h, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
                      C: tl.constexpr, SCALED: tl.constexpr, SEGMENTS: tl.constexpr, END: tl.constexpr,
-                     PRECISION: tl.constexpr, STAGES: tl.constexpr):
-    """dV [B, T, H, V], the adjoint of the state that leaves each chunk [B, N, H, K, V], and that of the first in float32."""
-    parts = tl.cdiv(V, BV)
-    row = tl.program_id(0) // parts
+                     ENDS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):
+    """dV [B, T, H, V], the adjoint of the state that leaves each chunk [B, N, H, K, V], and that of the first in float32.
+
+    Spans as in `_states_kernel`: each from its own of `dnew` [B, spans, H, K, V]; with ENDS from nothing, but the last from
+    `dnew` [B, H, K, V], for `dstart` [B, spans, H, K, V] alone, of all spans but the first.
+    """
+    blocks = tl.cdiv(V, BV)
+    row, p = tl.program_id(0) // blocks, tl.program_id(1)
+    if ENDS:
+        p += 1
     h, b = row % H, (row // H).to(tl.int64)
-    i, d, e = tl.arange(0, C), tl.arange(0, BK), (tl.program_id(0) % parts) * BV + tl.arange(0, BV)
+    i, d, e = tl.arange(0, C), tl.arange(0, BK), (tl.program_id(0) % blocks) * BV + tl.arange(0, BV)
     q += b * q_b + h * q_h
     k += b * k_b + h * k_h
     dy += b * y_b + h * y_h
     dv += (b * T * H + h) * V
     square = i[:, None] * C + i[None, :]
     matrix, ok = d[:, None] * V + e[None, :], (d < K)[:, None] & (e < V)[None, :]
+    begin, end = p * span, tl.minimum((p + 1) * span, N)
     D = tl.zeros([BK, BV], tl.float32)
     if END:
-        D = tl.load(dnew + row.to(tl.int64) * K * V + matrix, mask=ok, other=0.0)
+        if ENDS:
+            D = tl.load(dnew + row.to(tl.int64) * K * V + matrix, mask=ok & (p == spans - 1), other=0.0)
+        else:
+            D = tl.load(dnew + ((b * spans + p) * H + h) * K * V + matrix, mask=ok, other=0.0)
     length = tl.full([], C, tl.int64)
-    for m in tl.range(0, N, num_stages=STAGES):
-        n = N - 1 - m
+    for m in tl.range(begin, end, num_stages=STAGES):
+        n = begin + end - 1 - m
         t0 = n * length
         here = (b * N + n) * H + h
         inside, real = _live(code, b, t0, T, i, SEGMENTS)
@@ -307,11 +414,12 @@ def _adjoints_kernel(q, k, dy, code, scores, inverse, since, gain, dnew, dv, aft
         P = tl.load(scores + here * C * C + square)
         X = tl.load(inverse + here * C * C + square)
         g = tl.load(gain + here * C + i)
-        low = D.to(keys.dtype)
-        tl.store(after + here * K * V + matrix, low, mask=ok)
-        dR = _scaled(_dot(keys, low, PRECISION), g) + _dot(tl.trans(P), late, PRECISION)
-        dV = _dot(tl.trans(X), dR.to(keys.dtype), PRECISION)
-        _store(dv + t0 * H * V, i, H * V, e, inside, V, dV)
+        if not ENDS:
+            tl.store(after + here * K * V + matrix, D.to(after.dtype.element_ty), mask=ok)
+        dR = _dot(tl.trans(P), late, PRECISION) + _scaled(_fine(keys, D, tl.zeros([C, BV], tl.float32), PRECISION), g)
+        dV = tl.dot(tl.trans(X), dR.to(keys.dtype), dR, input_precision=PRECISION)
+        if not ENDS:
+            _store(dv + t0 * H * V, i, H * V, e, inside, V, dV)
         early = -dV
         if SCALED:
             s = tl.load(since + here * C + i)
@@ -319,13 +427,17 @@ def _adjoints_kernel(q, k, dy, code, scores, inverse, since, gain, dnew, dv, aft
             D = tl.where(whole == 0.0, 0.0, D * whole)
             early = _scaled(early, s)
             late = _scaled(late.to(tl.float32), s).to(keys.dtype)
-        D += _dot(tl.trans(queries), late, PRECISION)
-        D += _dot(tl.trans(keys), early.to(keys.dtype), PRECISION)
-    tl.store(dstart + row.to(tl.int64) * K * V + matrix, D, mask=ok)
+        D = tl.dot(tl.trans(queries), late, D, input_precision=PRECISION)
+        D = _fine(tl.trans(keys), early, D, PRECISION)
+    if ENDS:
+        tl.store(dstart + ((b * spans + p) * H + h) * K * V + matrix, D, mask=ok)
+    else:
+        tl.store(dstart + row.to(tl.int64) * K * V + matrix, D, mask=ok & (p == 0))
 
 
 @triton.jit
-def _through(states, after, dY, dV, R, d, e, dQ, dK, out, over, K, V, DECAY: tl.constexpr, PRECISION: tl.constexpr):
+def _through(states, after, dY, dV, R, low, d, e, dQ, dK, out, over, K, V, DECAY: tl.constexpr, PARTED: tl.constexpr,
+             PRECISION: tl.constexpr):
     """Adds what passes through a block of the entering state S and of the leaving one's adjoint D: dY S', -dV S', R D', S D."""
     at, ok = d[:, None] * V + e[None, :], (d < K)[:, None] & (e < V)[None, :]
     S, D = tl.load(states + at, mask=ok, other=0.0), tl.load(after + at, mask=ok, other=0.0)
@@ -334,14 +446,16 @@ def _through(states, after, dY, dV, R, d, e, dQ, dK, out, over, K, V, DECAY: tl.
     dQ += _dot(dY, tl.trans(S), PRECISION)
     dK -= _dot(dV, tl.trans(S), PRECISION)
     out += _dot(R, tl.trans(D), PRECISION)
+    if PARTED:
+        out += _dot(low, tl.trans(D), PRECISION)
     return dQ, dK, out, over
 
 
 @triton.jit(do_not_specialize=["T", "N"])
-def _grads_kernel(q, k, beta, dy, code, total, since, errors, states, dv, after, dq, dk, dbeta, dlog_a, T, N, H, q_b, q_t,
-                  q_h, k_b, k_t, k_h, y_b, y_t, y_h, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                  C: tl.constexpr, DECAY: tl.constexpr, SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
-                  STAGES: tl.constexpr):
+def _grads_kernel(q, k, beta, dy, code, total, since, errors, lower, states, dv, after, dq, dk, dbeta, dlog_a, T, N, H, q_b,
+                  q_t, q_h, k_b, k_t, k_h, y_b, y_t, y_h, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+                  BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr, SEGMENTS: tl.constexpr, PARTED: tl.constexpr,
+                  PRECISION: tl.constexpr, STAGES: tl.constexpr):
     """dQ, dK [B, T, H, K]; those of beta and of the log decays [B, T, H] in float32."""
     block = tl.program_id(0)
     h, n, b = block % H, (block // H) % N, (block // H // N).to(tl.int64)
@@ -374,12 +488,17 @@ def _grads_kernel(q, k, beta, dy, code, total, since, errors, states, dv, after,
         e = part * BV + tl.arange(0, BV)
         R, dY = _load(errors + values, i, H * V, e, inside, V), _load(dy, i, y_t, e, real, V)
         dV = _load(dv + values, i, H * V, e, inside, V)
+        low = R
         dp += _dot(dY, tl.trans(R), PRECISION)
         da -= _dot(dV, tl.trans(R), PRECISION)
+        if PARTED:
+            low = _load(lower + values, i, H * V, e, inside, V)
+            dp += _dot(dY, tl.trans(low), PRECISION)
+            da -= _dot(dV, tl.trans(low), PRECISION)
         if ONE:
             d = tl.arange(0, BK)
-            dQ, dK, out, over = _through(states + here * K * V, after + here * K * V, dY, dV, R, d, e, dQ, dK, out, over, K, V,
-                                         DECAY, PRECISION)
+            dQ, dK, out, over = _through(states + here * K * V, after + here * K * V, dY, dV, R, low, d, e, dQ, dK, out, over,
+                                         K, V, DECAY, PARTED, PRECISION)
     qk, kk = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     for part in range(tl.cdiv(K, BK)):
         d = part * BK + tl.arange(0, BK)
@@ -395,7 +514,10 @@ def _grads_kernel(q, k, beta, dy, code, total, since, errors, states, dv, after,
     dL = tl.sum(flow * beta_[None, :], 1) - beta_ * into
     dp *= beta_[None, :]
     da *= beta_[None, :]
-    dp_low, da_low = dp.to(q.dtype.element_ty), (da + tl.trans(da)).to(q.dtype.element_ty)
+    da += tl.trans(da)
+    dp_high, da_high = dp.to(q.dtype.element_ty), da.to(q.dtype.element_ty)
+    dp_low = (dp - dp_high.to(tl.float32)).to(q.dtype.element_ty)
+    da_low = (da - da_high.to(tl.float32)).to(q.dtype.element_ty)
 
     for part in range(tl.cdiv(K, BK)):
         d = part * BK + tl.arange(0, BK)
@@ -404,9 +526,11 @@ def _grads_kernel(q, k, beta, dy, code, total, since, errors, states, dv, after,
             for piece in tl.range(0, tl.cdiv(V, BV), num_stages=STAGES):
                 e = piece * BV + tl.arange(0, BV)
                 R, dY = _load(errors + values, i, H * V, e, inside, V), _load(dy, i, y_t, e, real, V)
-                dV = _load(dv + values, i, H * V, e, inside, V)
-                dQ, dK, out, over = _through(states + here * K * V, after + here * K * V, dY, dV, R, d, e, dQ, dK, out, over, K,
-                                             V, DECAY, PRECISION)
+                dV, low = _load(dv + values, i, H * V, e, inside, V), R
+                if PARTED:
+                    low = _load(lower + values, i, H * V, e, inside, V)
+                dQ, dK, out, over = _through(states + here * K * V, after + here * K * V, dY, dV, R, low, d, e, dQ, dK, out,
+                                             over, K, V, DECAY, PARTED, PRECISION)
         Q, key = _load(q, i, q_t, d, real, K), _load(k, i, k_t, d, real, K)
         if DECAY or SEGMENTS:
             dQ, dK, out = _scaled(dQ, late), _scaled(dK, late), _scaled(out, until)
@@ -417,8 +541,14 @@ def _grads_kernel(q, k, beta, dy, code, total, since, errors, states, dv, after,
             written *= beta_
             dL += tl.sum(Q.to(tl.float32) * dQ, 1) + tl.sum(wide * dK, 1) - written
             dL += tl.where(i == C - 1, tl.sum(written, 0), 0.0)
-        dQ += _dot(dp_low, key, PRECISION)
-        dK += out * beta_[:, None] + _dot(tl.trans(dp_low), Q, PRECISION) + _dot(da_low, key, PRECISION)
+        dQ = tl.dot(dp_high, key, dQ, input_precision=PRECISION)
+        dK += out * beta_[:, None]
+        dK = tl.dot(tl.trans(dp_high), Q, dK, input_precision=PRECISION)
+        dK = tl.dot(da_high, key, dK, input_precision=PRECISION)
+        if q.dtype.element_ty != tl.float32:
+            dQ = tl.dot(dp_low, key, dQ)
+            dK = tl.dot(tl.trans(dp_low), Q, dK)
+            dK = tl.dot(da_low, key, dK)
         _store(dq + keys, i, H * K, d, inside, K, tl.where(real[:, None], dQ, 0.0))
         _store(dk + keys, i, H * K, d, inside, K, tl.where(real[:, None], dK, 0.0))
     tl.store(dbeta + at, tl.where(real, dbeta_, 0.0), mask=inside)
@@ -436,23 +566,31 @@ def _config(q: Tensor) -> Config:
 
 
 def _pad(size: int, most: int = WIDEST) -> int:
-    """The power of two that holds `size`, at least 16 (the least of a matrix product), at most `most`."""
-    return min(max(triton.next_power_of_2(size), 16), most or WIDEST)
+    """The power of two that holds `size`, at least 32 (Triton 3.6 made one pass of float32's three where the inner size of
+    a product is 16), at most `most`."""
+    return min(max(1 << (size - 1).bit_length(), 32), most or WIDEST)
 
 
-def _narrow(rows: int, value: int, most: int) -> int:
+def _spans(x: Tensor, batch: int, tokens: int, heads: int, value: int) -> int:
+    """In how many spans a row's chunks are cut, 0 or 4 and more. Without a branch: tokens and rows may be a tracer's."""
+    walks = batch * heads * triton.cdiv(value, _pad(value, _config(x).states.values))
+    return torch.sym_min(SPANS // walks, (tokens + CHUNK - 1) // CHUNK // SHORTEST) // 4 * 4
+
+
+def _narrow(rows: int, value: int, most: int, spans: int) -> int:
     """The block of values of a walk through chunks: narrower, down to 16, until there are programs enough."""
     block = _pad(value, most)
-    while block > 16 and rows * triton.cdiv(value, block) < FILL:
+    while not spans and block > 16 and rows * triton.cdiv(value, block) < FILL:
         block //= 2
     return block
 
 
 def _precision(x: Tensor) -> str:
-    """Of products: float32 ones take three passes on tensor cores, and one if PyTorch's setting allows TF32."""
+    """Of products of float32: as six of bfloat16 parts, whose operands lie in shared memory as those of the streams do (TF32's
+    must be turned there); as three, with 16 bits, where PyTorch's setting allows for less."""
     if torch.version.hip or not x.is_cuda:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "bf16x6" if torch.get_float32_matmul_precision() == "highest" else "bf16x3"
 
 
 def _device(x: Tensor) -> Any:
@@ -474,28 +612,49 @@ def _vectors(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return vectors[0], vectors[min(1, len(vectors) - 1)], vectors[-1]
 
 
+def _parted(k: Tensor) -> bool:
+    return k.element_size() == 2 and k.shape[-1] <= SMALL
+
+
 def _empty(k: Tensor, v: Tensor, planes: int) -> tuple[Tensor, ...]:
-    """For y, the last state, R, the states that enter chunks, P, X, and the numbers per token."""
+    """For y, the last state, R and its low part, the states that enter chunks, P, X - I, M, and the numbers per token."""
     (batch, tokens, heads, key), value = k.shape, v.shape[-1]
     # flat: of more dimensions a tracer asks how they are laid out, and so whether there is one chunk
     blocks = batch * ((tokens + CHUNK - 1) // CHUNK) * heads
     new = v.new_empty(batch, heads, key, value, dtype=torch.float32)
     vectors = v.new_empty(planes, blocks * CHUNK, dtype=torch.float32)
-    squares = (v.new_empty(blocks * CHUNK * CHUNK) for _ in range(2))
-    return v.new_empty(v.shape), new, v.new_empty(v.shape), v.new_empty(blocks * key * value), *squares, vectors
+    scores, inverse = (v.new_empty(blocks * CHUNK * CHUNK) for _ in range(2))
+    lower = v.new_empty(v.shape if _parted(k) else 0)
+    moves = v.new_empty(_spans(k, batch, tokens, heads, value) * batch * heads * key * key, dtype=torch.float32)
+    return (v.new_empty(v.shape), new, v.new_empty(v.shape), lower, v.new_empty(blocks * key * value), scores, inverse, moves,
+            vectors)
+
+
+def _join(ends: Tensor, moves: Tensor, start: Tensor | None, code: Tensor | None, shape: tuple[int, ...], spans: int, span: int,
+          precision: str, back: bool) -> Tensor:
+    """What enters each span of shape [B, T, H, K, V]."""
+    batch, tokens, heads, key, value = shape
+    enter = torch.empty_like(ends)
+    block = 32
+    _join_kernel[(batch * heads * triton.cdiv(value, block),)](
+        ends, moves, start, code, enter, tokens, heads, spans, span, K=key, V=value, BK=_pad(key), BV=block, C=CHUNK, BACK=back,
+        SEGMENTS=code is not None, START=start is not None, PRECISION=precision, num_warps=4, num_stages=1)
+    return enter
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_a: Tensor | None, start: Tensor | None,
             code: Tensor | None) -> tuple[Tensor, ...]:
-    """y and the last state in float32; then what the backward pass reads: R, states, P, X, and the numbers per token."""
+    """y and the last state in float32; then what the backward pass reads, as `_empty` lists it."""
     q, k, v, beta = _rows(q), _rows(k), _rows(v), beta.contiguous()
     (batch, tokens, heads, key), value = k.shape, v.shape[-1]
     chunks = triton.cdiv(tokens, CHUNK)
-    y, new, errors, states, scores, inverse, vectors = outputs = _empty(k, v, _planes(log_a, code))
+    y, new, errors, lower, states, scores, inverse, moves, vectors = outputs = _empty(k, v, _planes(log_a, code))
     gain, since, total = _vectors(vectors)
     decay, segments = log_a is not None, code is not None
     config, precision, wide = _config(q), _precision(q), _pad(key)
     blocks, rows = batch * chunks * heads, batch * heads
+    spans = _spans(k, batch, tokens, heads, value)
+    span = triton.cdiv(chunks, spans or 1)
     with _device(q):
         tile = config.system
         _system_kernel[(blocks,)](
@@ -503,22 +662,31 @@ def forward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_a: Tensor | None,
             *k.stride()[:3], K=key, BK=_pad(key, tile.keys), C=CHUNK, DECAY=decay, SEGMENTS=segments, PRECISION=precision,
             num_warps=tile.warps, num_stages=tile.stages)
         tile = config.states
-        block = _narrow(rows, value, tile.values)
-        _states_kernel[(rows * triton.cdiv(value, block),)](
-            k, v, code, inverse, since, gain, start, errors, states, new, tokens, chunks, heads, *k.stride()[:3],
-            *v.stride()[:3], K=key, V=value, BK=wide, BV=block, C=CHUNK, SCALED=decay or segments, SEGMENTS=segments,
-            START=start is not None, PRECISION=precision, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages)
+        block = _narrow(rows, value, tile.values, spans)
+        sizes = tokens, chunks, heads, spans or 1, span, *k.stride()[:3], *v.stride()[:3]
+        options = dict(K=key, V=value, BK=wide, BV=block, C=CHUNK, SCALED=decay or segments, SEGMENTS=segments,
+                       PARTED=_parted(k), PRECISION=precision, STAGES=tile.stages, num_warps=tile.warps,
+                       num_stages=tile.stages)
+        if spans:
+            ends = new.new_empty(batch, spans, heads, key, value)
+            _states_kernel[(rows * (triton.cdiv(value, block) + triton.cdiv(key, block)), spans - 1)](
+                k, v, code, inverse, since, gain, start, errors, lower, states, ends, moves, *sizes, START=start is not None,
+                ENDS=True, **options)
+            start = _join(ends, moves, start, code, (batch, tokens, heads, key, value), spans, span, precision, False)
+        _states_kernel[(rows * triton.cdiv(value, block), spans or 1)](
+            k, v, code, inverse, since, gain, start, errors, lower, states, new, moves, *sizes, START=start is not None,
+            ENDS=False, **options)
         tile = config.outputs
         block = _pad(value, tile.values)
         _outputs_kernel[(blocks * triton.cdiv(value, block),)](
-            q, code, scores, since, errors, states, y, tokens, chunks, heads, *q.stride()[:3], K=key, V=value, BK=wide,
-            BV=block, C=CHUNK, SCALED=decay or segments, SEGMENTS=segments, PRECISION=precision, num_warps=tile.warps,
-            num_stages=tile.stages)
+            q, code, scores, since, errors, lower, states, y, tokens, chunks, heads, *q.stride()[:3], K=key, V=value, BK=wide,
+            BV=block, C=CHUNK, SCALED=decay or segments, SEGMENTS=segments, PARTED=_parted(k), PRECISION=precision,
+            num_warps=tile.warps, num_stages=tile.stages)
     return outputs
 
 
 def backward(dy: Tensor, dnew: Tensor | None, q: Tensor, k: Tensor, beta: Tensor, log_a: Tensor | None, code: Tensor | None,
-             errors: Tensor, states: Tensor, scores: Tensor, inverse: Tensor,
+             errors: Tensor, lower: Tensor, states: Tensor, scores: Tensor, inverse: Tensor, moves: Tensor,
              vectors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v; in float32 those of beta, of log_a (empty if there is none), and of the first state."""
     q, k, dy, beta = _rows(q), _rows(k), _rows(dy), beta.contiguous()
@@ -531,18 +699,27 @@ def backward(dy: Tensor, dnew: Tensor | None, q: Tensor, k: Tensor, beta: Tensor
     config, precision, wide = _config(q), _precision(q), _pad(key)
     rows = batch * heads
     strides = *q.stride()[:3], *k.stride()[:3], *dy.stride()[:3]
+    spans = len(moves) // (rows * key * key)
+    span = triton.cdiv(chunks, spans or 1)
     with _device(q):
         tile = config.adjoints
-        block = _narrow(rows, value, tile.values)
-        _adjoints_kernel[(rows * triton.cdiv(value, block),)](
-            q, k, dy, code, scores, inverse, since, gain, dnew, dv, after, dstart, tokens, chunks, heads, *strides, K=key,
-            V=value, BK=wide, BV=block, C=CHUNK, SCALED=decay or segments, SEGMENTS=segments, END=dnew is not None,
-            PRECISION=precision, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages)
+        block = _narrow(rows, value, tile.values, spans)
+        options = dict(K=key, V=value, BK=wide, BV=block, C=CHUNK, SCALED=decay or segments, SEGMENTS=segments,
+                       PRECISION=precision, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages)
+        streams, sizes = (q, k, dy, code, scores, inverse, since, gain), (tokens, chunks, heads, spans or 1, span, *strides)
+        if spans:
+            ends = dstart.new_empty(batch, spans, heads, key, value)
+            _adjoints_kernel[(rows * triton.cdiv(value, block), spans - 1)](
+                *streams, dnew, dv, after, ends, *sizes, END=dnew is not None, ENDS=True, **options)
+            dnew = _join(ends, moves, dnew, code, (batch, tokens, heads, key, value), spans, span, precision, True)
+        _adjoints_kernel[(rows * triton.cdiv(value, block), spans or 1)](
+            *streams, dnew, dv, after, dstart, *sizes, END=dnew is not None, ENDS=False, **options)
         tile = config.grads
         _grads_kernel[(batch * chunks * heads,)](
-            q, k, beta, dy, code, total, since, errors, states, dv, after, dq, dk, dbeta, dlog_a, tokens, chunks, heads,
+            q, k, beta, dy, code, total, since, errors, lower, states, dv, after, dq, dk, dbeta, dlog_a, tokens, chunks, heads,
             *strides, K=key, V=value, BK=_pad(key, tile.keys), BV=_pad(value, tile.values), C=CHUNK, DECAY=decay,
-            SEGMENTS=segments, PRECISION=precision, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages)
+            SEGMENTS=segments, PARTED=_parted(k), PRECISION=precision, STAGES=tile.stages, num_warps=tile.warps,
+            num_stages=tile.stages)
     return outputs
 
 
@@ -569,7 +746,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_a: Tensor | None, 
 
 @torch.library.custom_op("seqloom::delta_scan_fused", mutates_args=(), schema=(
     "(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? log_a, Tensor? start, Tensor? code)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
 def _scan(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_a: Tensor | None, start: Tensor | None,
           code: Tensor | None) -> tuple[Tensor, ...]:
     return forward(q, k, v, beta, log_a, start, code)
@@ -582,12 +759,13 @@ def _(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_a: Tensor | None, start
 
 
 @torch.library.custom_op("seqloom::delta_scan_fused_backward", mutates_args=(), schema=(
-    "(Tensor dy, Tensor? dnew, Tensor q, Tensor k, Tensor beta, Tensor? log_a, Tensor? code, Tensor errors, Tensor states,"
-    " Tensor scores, Tensor inverse, Tensor vectors) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
+    "(Tensor dy, Tensor? dnew, Tensor q, Tensor k, Tensor beta, Tensor? log_a, Tensor? code, Tensor errors, Tensor lower,"
+    " Tensor states, Tensor scores, Tensor inverse, Tensor moves, Tensor vectors)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
 def _scan_backward(dy: Tensor, dnew: Tensor | None, q: Tensor, k: Tensor, beta: Tensor, log_a: Tensor | None,
-                   code: Tensor | None, errors: Tensor, states: Tensor, scores: Tensor, inverse: Tensor,
-                   vectors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return backward(dy, dnew, q, k, beta, log_a, code, errors, states, scores, inverse, vectors)
+                   code: Tensor | None, errors: Tensor, lower: Tensor, states: Tensor, scores: Tensor, inverse: Tensor,
+                   moves: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return backward(dy, dnew, q, k, beta, log_a, code, errors, lower, states, scores, inverse, moves, vectors)
 
 
 @_scan_backward.register_fake
