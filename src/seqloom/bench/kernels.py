@@ -16,6 +16,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqloom.core import BadInput, near
-from seqloom.kernels import decay_scan, delta_scan, diagonal_scan, row_norm, selective_scan, short_conv
+from seqloom.kernels import decay_scan, delta_scan, diagonal_scan, row_norm, selective_scan, short_conv, softmax
 
 HEADS, DIM, TOKENS = 16, 128, 32768  # of a batch, whatever its length
 LENGTHS = (2048, 8192, 32768)
@@ -129,6 +130,8 @@ KERNELS: dict[str, Kernel] = {
     "SDPA cuDNN": Kernel(_backend("CUDNN_ATTENTION"), _heads, _attention, _matrix(0), _quadratic),
     "SDPA flash": Kernel(_backend("FLASH_ATTENTION"), _heads, _attention, _matrix(0), _quadratic),
     "SDPA efficient": Kernel(_backend("EFFICIENT_ATTENTION"), _heads, _attention, _matrix(0), _quadratic),
+    "softmax": Kernel(_y(partial(softmax.fused, pattern=softmax.Pattern())), _heads, _attention, _matrix(0), _quadratic,
+                      "SDPA cuDNN"),
     "diagonal": Kernel(_y(diagonal_scan.fused), _diagonal, _y(diagonal_scan.chunked),
                        lambda t: (3 * WIDTH, 8 * WIDTH), lambda t: (2 * WIDTH, 6 * WIDTH), "fla chunk_hgrn"),
     "linear": Kernel(_y(decay_scan.fused), _heads, _y(decay_scan.chunked), _matrix(0), _linear),
@@ -136,15 +139,15 @@ KERNELS: dict[str, Kernel] = {
                            _matrix(2 * HEADS), _linear),
     "vector decay": Kernel(_y(decay_scan.fused), _gated(lambda b, t: (b, t, HEADS, DIM)), _y(decay_scan.chunked),
                            _matrix(WIDTH), _linear, "fla chunk_gla"),
+    "value decay": Kernel(_y(partial(decay_scan.fused, axis="value")), _gated(lambda b, t: (b, t, HEADS, DIM)),
+                          _y(partial(decay_scan.chunked, axis="value")), _matrix(WIDTH), _linear),
     # an exponential for each state, forward and again backward
     "selective": Kernel(_scanned(selective_scan.fused), _selective, _scanned(selective_scan.chunked),
                         lambda t: (4 * WIDTH + 2 * STATES, 11 * WIDTH + 6 * STATES),
                         lambda t: (EXPONENTIAL * WIDTH * STATES, 2 * EXPONENTIAL * WIDTH * STATES)),
+    "delta": Kernel(_y(delta_scan.fused), _delta, _y(delta_scan.chunked), _matrix(HEADS), _linear, "fla chunk_delta_rule"),
+    "gated delta": Kernel(_y(delta_scan.fused), _gated_delta, _y(delta_scan.chunked), _matrix(3 * HEADS), _linear),
 }
-if hasattr(delta_scan, "fused"):
-    KERNELS["delta"] = Kernel(_y(delta_scan.fused), _delta, _y(delta_scan.chunked), _matrix(HEADS), _linear,
-                              "fla chunk_delta_rule")
-    KERNELS["gated delta"] = Kernel(_y(delta_scan.fused), _gated_delta, _y(delta_scan.chunked), _matrix(3 * HEADS), _linear)
 
 # neighbours of the scans: (forward, forward and backward) elements and operations per token do not depend on the length
 _convolve = lambda form: lambda x, weight: form(x, weight=weight, activation="silu").y  # noqa: E731

@@ -19,8 +19,8 @@ D and dV from the last chunk back; the other gradients of all chunks. Pairs and 
 boundary), so that no number of one segment is in a sum of another's. Nothing is added atomically.
 
 Where heads are too few to fill a card, the chunks of a row are cut in spans. Each is walked from nothing first, for its last
-state E alone, and from the identity, for the transition M [K, K] that takes the state before it to the one after; then
-S_next = M S + E from span to span, and all spans are walked side by side. The same M, transposed, serves the adjoints.
+state E alone, and from the identity, for the transition F [K, K] that takes the state before it to the one after; then
+S_next = F S + E from span to span, and all spans are walked side by side. The same F, transposed, serves the adjoints.
 
 Of 16-bit streams, what a product rounds is a factor's error of 2^-9, and plain PyTorch's only error is that of the result, so
 two of them in a row are too many. So X - I is multiplied and not X, the rest added in float32; and where a factor is a sum
@@ -55,7 +55,7 @@ class Tile(NamedTuple):
 class Config(NamedTuple):
     """How the five passes are cut, for a key of up to `key` and streams of `width` bytes."""
 
-    system: Tile    # P and X
+    system: Tile    # P and X - I
     states: Tile    # R and S: the widest block of values
     outputs: Tile   # Y
     adjoints: Tile  # D and dV: the widest block of values
@@ -64,7 +64,7 @@ class Config(NamedTuple):
 
 # (widest key, bytes of a stream's element): the first that fits is taken
 CONFIGS = {
-    (64, 2): Config(Tile(64, 0, 4, 1), Tile(0, 64, 4, 3), Tile(0, 64, 4, 1), Tile(0, 64, 4, 2), Tile(64, 64, 8, 1)),
+    (64, 2): Config(Tile(64, 0, 4, 1), Tile(0, 64, 4, 3), Tile(0, 64, 4, 1), Tile(0, 64, 4, 2), Tile(64, 32, 8, 1)),
     (128, 2): Config(Tile(64, 0, 4, 2), Tile(0, 64, 4, 2), Tile(0, 128, 4, 1), Tile(0, 64, 4, 2), Tile(128, 64, 8, 2)),
     (256, 2): Config(Tile(64, 0, 4, 2), Tile(0, 32, 4, 2), Tile(0, 64, 4, 1), Tile(0, 32, 8, 2), Tile(64, 64, 8, 2)),
     (64, 4): Config(Tile(32, 0, 4, 1), Tile(0, 32, 8, 1), Tile(0, 32, 8, 1), Tile(0, 32, 8, 1), Tile(32, 32, 8, 1)),
@@ -308,9 +308,9 @@ def _states_kernel(k, v, code, inverse, since, gain, start, errors, lower, state
 def _join_kernel(ends, moves, start, code, enter, T, H, spans, span, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
                  BV: tl.constexpr, C: tl.constexpr, BACK: tl.constexpr, SEGMENTS: tl.constexpr, START: tl.constexpr,
                  PRECISION: tl.constexpr):
-    """What enters each span, `enter` [B, spans, H, K, V]: the end of the one before from nothing, and M times what entered it.
+    """What enters each span, `enter` [B, spans, H, K, V]: the end of the one before from nothing, and F times what entered it.
 
-    BACK: from the last to the first, by M'. `start` is what enters the first, and its end is from there and not from nothing.
+    BACK: from the last to the first, by F'. `start` is what enters the first, and its end is from there and not from nothing.
     """
     blocks = tl.cdiv(V, BV)
     row = tl.program_id(0) // blocks
@@ -332,18 +332,18 @@ def _join_kernel(ends, moves, start, code, enter, T, H, spans, span, K: tl.const
             at = code + b * T
             before = tl.load(at + tl.minimum(p * span * C, T) - 1, mask=p > 0, other=0) >> 1  # the last ones may be empty
             alive = alive & (before == (tl.load(at + tl.minimum((p + 1) * span * C, T) - 1) >> 1))
-        if alive:  # else M is 0 or known to be in the end
+        if alive:  # else F is 0 or known to be in the end
             for piece in range(tl.cdiv(K, 32)):
                 r = piece * 32 + part
                 if BACK:
-                    M = tl.load(moves + here * K * K + r[None, :] * K + d[:, None],
+                    F = tl.load(moves + here * K * K + r[None, :] * K + d[:, None],
                                 mask=(d < K)[:, None] & (r < K)[None, :], other=0.0)
                 else:
-                    M = tl.load(moves + here * K * K + d[:, None] * K + r[None, :],
+                    F = tl.load(moves + here * K * K + d[:, None] * K + r[None, :],
                                 mask=(d < K)[:, None] & (r < K)[None, :], other=0.0)
                 entered = tl.load(enter + here * K * V + r[:, None] * V + e[None, :],
                                   mask=(r < K)[:, None] & (e < V)[None, :], other=0.0)
-                S = tl.dot(M, entered, S, input_precision=PRECISION)
+                S = tl.dot(F, entered, S, input_precision=PRECISION)
         p = p - 1 if BACK else p + 1
         tl.store(enter + ((b * spans + p) * H + h) * K * V + matrix, S, mask=ok)
         tl.debug_barrier()  # the next step reads what other threads wrote
@@ -586,8 +586,8 @@ def _narrow(rows: int, value: int, most: int, spans: int) -> int:
 
 
 def _precision(x: Tensor) -> str:
-    """Of products of float32: as six of bfloat16 parts, whose operands lie in shared memory as those of the streams do (TF32's
-    must be turned there); as three, with 16 bits, where PyTorch's setting allows for less."""
+    """Of products of float32: as six of bfloat16 parts, which tensor cores take as they lie (a right factor in TF32 must be
+    turned first); as three, with 16 bits, where PyTorch's setting allows for less."""
     if torch.version.hip or not x.is_cuda:
         return "ieee"
     return "bf16x6" if torch.get_float32_matmul_precision() == "highest" else "bf16x3"
@@ -617,7 +617,7 @@ def _parted(k: Tensor) -> bool:
 
 
 def _empty(k: Tensor, v: Tensor, planes: int) -> tuple[Tensor, ...]:
-    """For y, the last state, R and its low part, the states that enter chunks, P, X - I, M, and the numbers per token."""
+    """For y, the last state, R and its low part, the states that enter chunks, P, X - I, F, and the numbers per token."""
     (batch, tokens, heads, key), value = k.shape, v.shape[-1]
     # flat: of more dimensions a tracer asks how they are laid out, and so whether there is one chunk
     blocks = batch * ((tokens + CHUNK - 1) // CHUNK) * heads
