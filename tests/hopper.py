@@ -72,9 +72,11 @@ CASES = {
         *streams((B, T, H, n), (B, T, H, n), (B, T, H, n), (B, T, H), *gate, dtype=dtype), segments=seg))
         for gate in ((), ((B, T, H),))],
     "selective_scan": lambda dtype, seg, n: back(selective_scan.fused(
-        *streams((B, T, n), (B, T, n), (B, T, 16), (B, T, 16), dtype=dtype), A=-torch.rand(n, 16), D=torch.rand(n), segments=seg)),
+        *streams((B, T, n), (B, T, n), (B, T, 16), (B, T, 16), dtype=dtype), A=-torch.rand(n, 16), D=torch.rand(n),
+        segments=seg)),
     "short_conv": lambda dtype, seg, n: back(short_conv.fused(
-        *streams((B, T, n), dtype=dtype), weight=torch.rand(n, 4).requires_grad_(), bias=None, segments=seg, activation="silu")),
+        *streams((B, T, n), dtype=dtype), weight=torch.rand(n, 4).requires_grad_(), bias=None, segments=seg,
+        activation="silu")),
     "row_norm": lambda dtype, seg, n: [back(y) for x in streams((B, T, n), dtype=dtype) for y in (
         row_norm.fused_l2_norm(x, eps=1e-6), row_norm.fused_rms_norm(x, torch.ones(n), eps=1e-6),
         *(row_norm.fused_rms_norm(x, torch.ones(n), x, eps=1e-6, gate_first=first) for first in (False, True)))],
@@ -83,7 +85,6 @@ CASES = {
 if __name__ == "__main__":
     name, sizes = sys.argv[1], [int(n) for n in sys.argv[2:]]
     for size in sizes:
-        for kind in (torch.bfloat16, torch.float32):
-            for segments in (None, packed):
-                CASES[name](kind, segments, size)
+        for kind, segments in ((torch.bfloat16, packed), (torch.float32, None)):
+            CASES[name](kind, segments, size)
     print(f"{name}: {len(done)} kernels compile for sm_90, at most {max(done.values())} bytes of shared memory")

@@ -151,11 +151,11 @@ def beam(case: Case, device: str) -> Iterator[Measure]:
             y, after, _ = layer(rest, state=st.select(state, order), info=info(rest_ids))
             want = layer(x[order], info=info(ids[order]))
             yield compare(f"{name}, select", {"y": y, **follow(layer, after)},
-                          {"y": want.y[:, 40:], **follow(layer, want.state)})
+                          {"y": want.y[:, 40:], **follow(layer, want.state)}, case.limit(name))
             twice = torch.arange(5, device=device).repeat_interleave(2)
             y, after, _ = layer(x[twice, 40:], state=st.repeat(state, 2), info=info(ids[twice, 40:]))
             want = layer(x[:, 40:], state=st.detach(state), info=info(ids[:, 40:]))
-            yield Measure(f"{name}, repeat", gap(y, want.y[twice]), 1e-10)
+            yield Measure(f"{name}, repeat", gap(y, want.y[twice]), case.limit(name))
 
 
 __all__ = ["beam", "canonical_state", "donate", "in_pieces", "resume", "state_bytes", "step_by_step", "watch_pieces",
