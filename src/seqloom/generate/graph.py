@@ -131,8 +131,15 @@ MOVED = "a step put the state at other addresses, which a graph cannot follow"
 def capture(step: Callable[[Tensor], Tensor], x: Tensor, stream: Any) -> tuple[Any, Tensor]:
     """A graph of `step(x)`, which has not run yet, and the tensor that holds its result after a replay."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        y = step(x)
+    generator = torch.cuda.default_generators[x.device.index or 0]
+    before = generator.clone_state()
+    try:
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            y = step(x)
+    except Exception:
+        # a generator whose capture failed refuses every number drawn after it: give it the state it had
+        generator.graphsafe_set_state(before)
+        raise
     return graph, y
 
 
