@@ -141,7 +141,7 @@ MISTAKES = [
     Mistake(
         "pads are multiplied by zero, not selected",
         "core.segments.Segments.hold",
-        "torch.where(real, x, torch.as_tensor(fill, dtype=x.dtype, device=x.device))",
+        "torch.where(real, x, torch.full((), fill, dtype=x.dtype, device=x.device))",
         "x * real + fill * ~real",
         "linear", "poison",
     ),

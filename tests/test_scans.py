@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from seqloom.core import BuildContext, Info, Track, scan, use_form
+from seqloom.core import BuildContext, Info, Track, runnable, scan, use_form
 from seqloom.core.marks import marks
 from seqloom.core.segments import resolve
 from seqloom.kernels import diagonal_scan, selective_scan, short_conv
@@ -302,7 +302,7 @@ def test_mamba_is_transformers_mamba():
     mixer.load_state_dict({**theirs, "conv1d.weight": theirs["conv1d.weight"][:, 0]})
     x = torch.randn(2, 19, 24, dtype=torch.float64)
     want = peer(x)
-    for form in mixer.spec.forms:
+    for form in runnable(mixer.spec.forms, "cpu"):
         with use_form(form):
             torch.testing.assert_close(mixer(x).y, want, rtol=0, atol=1e-10)
     padded = torch.cat([torch.full((2, 3, 24), math.nan, dtype=torch.float64), x], 1)

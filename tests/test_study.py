@@ -10,6 +10,8 @@ from seqloom.core import Budget, Claim, Paper, above, beats
 from seqloom.mixers import LinearAttention
 from seqloom.models import Block, Stack
 from seqloom.parts import SwiGLU
+from seqloom.recipes import recipe as load
+from seqloom.recipes import slugs
 from seqloom.study import claims, evidence
 from seqloom.study.digest import influences
 from seqloom.tasks import LatestValueRecall, SingleWriteRecall
@@ -69,6 +71,12 @@ def test_evidence_depends_on_what_a_recipe_names_and_not_on_the_rest_of_the_tabl
     assert softmax[1] in influences(softmax[0], gpu=True) and softmax[1] not in influences(softmax[0])
 
 
+@pytest.mark.parametrize("slug", slugs())
+def test_the_exactness_checks_of_a_recipe_hold(slug):
+    found = [(check.text, float(check.measure()), check) for check in load(slug).CHECKS]
+    assert not [(text, value) for text, value, check in found if not check.holds(value)]
+
+
 def test_the_verdict_is_of_checks_and_claims(recipe):
     holds, fails = [{"holds": True}], [{"holds": True}, {"holds": False}]
     assert evidence.verdict(recipe, holds, holds) == "reproduced"
@@ -80,8 +88,6 @@ def test_the_verdict_is_of_checks_and_claims(recipe):
 
 def test_the_page_says_when_the_code_has_changed_since(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    from seqloom.recipes import recipe as load
-
     deltanet = load("deltanet")
     modules = influences(deltanet.__name__, claims.__name__)
     stored = {"paper": "deltanet", "verdict": "reproduced", "modules": modules,
