@@ -128,8 +128,8 @@ CLAIMS = (
         notes="The baseline's parameters include its table of 358 positions, which leaves a width of 32; with 800 steps, which "
         "are enough for the others, it reaches 0.35 at 5 digits. Tried besides, 800 steps, calibration seed: rotary positions "
         "at width 40: 1.00 at 5 digits, 0.14 at 10, 0.00 at 50. Mamba in the GRU's place was first asked for 0.95 at 50 digits "
-        "too (no sheet has run it): it reached 0.92, and is asked for 10 digits now. With 1,600 steps all held but that attention "
-        "had not learnt 5 digits on one of three seeds (0.55); 2,400 steps and fresh seeds since.",
+        "too (no sheet has run it): it reached 0.92, and is asked for 10 digits now. With 1,600 steps all held but that "
+        "attention had not learnt 5 digits on one of three seeds (0.55); 2,400 steps and fresh seeds since.",
     ),
     Claim(
         text="without the tool the same GRU, thinking aloud in the same words, adds not even 5 digits",
