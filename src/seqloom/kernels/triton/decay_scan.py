@@ -30,6 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from seqloom.kernels.triton.tiles import Tiles
+
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # it multiplies bfloat16 as integers
 LOWEST = tl.constexpr(-104.0)  # of a log decay: exp is 0 in float32 below, and sums of 64 of them keep 3 digits
 STATE = 8192  # elements of the state that one walk carries, at most
@@ -57,12 +59,12 @@ class Config(NamedTuple):
 
 
 # by gate: 0 and 1 for no decay or one per head (whose gradient needs all keys), 2 for one per channel, where `prepare` and
-# `gradient` share blocks of keys. Measured on an H100
-CONFIGS = {
+# `gradient` share blocks of keys. Measured on an H100, but for these two of gate 2, which are by registers alone
+CONFIGS = Tiles("decay_scan", hopper={
     0: Config(Tile(128, 0, 4, 1), Tile(0, 64, 4, 2), Tile(0, 64, 4, 3), Tile(0, 64, 4, 1), Tile(0, 64, 8, 1)),
     1: Config(Tile(128, 0, 4, 1), Tile(0, 64, 4, 2), Tile(0, 64, 4, 3), Tile(0, 64, 4, 1), Tile(0, 64, 8, 1)),
     2: Config(Tile(32, 0, 4, 1), Tile(0, 64, 4, 3), Tile(0, 64, 4, 3), Tile(0, 64, 4, 1), Tile(32, 128, 4, 1)),
-}
+})
 
 
 @triton.jit

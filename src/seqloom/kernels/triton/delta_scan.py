@@ -39,6 +39,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from seqloom.kernels.triton.tiles import Tiles
+
 CHUNK = 64
 WIDEST = 256  # of a key or a value
 
@@ -63,14 +65,14 @@ class Config(NamedTuple):
 
 
 # (widest key, bytes of a stream's element): the first that fits is taken
-CONFIGS = {
+CONFIGS = Tiles("delta_scan", hopper={
     (64, 2): Config(Tile(64, 0, 4, 1), Tile(0, 64, 4, 3), Tile(0, 64, 4, 1), Tile(0, 64, 4, 2), Tile(64, 32, 8, 1)),
     (128, 2): Config(Tile(64, 0, 4, 2), Tile(0, 64, 4, 2), Tile(0, 128, 4, 1), Tile(0, 64, 4, 2), Tile(128, 64, 8, 2)),
     (256, 2): Config(Tile(64, 0, 4, 2), Tile(0, 32, 4, 2), Tile(0, 64, 4, 1), Tile(0, 32, 8, 2), Tile(64, 64, 8, 2)),
     (64, 4): Config(Tile(32, 0, 4, 1), Tile(0, 32, 8, 1), Tile(0, 32, 8, 1), Tile(0, 32, 8, 1), Tile(32, 32, 8, 1)),
     (128, 4): Config(Tile(32, 0, 4, 1), Tile(0, 32, 8, 1), Tile(0, 32, 8, 1), Tile(0, 32, 8, 1), Tile(32, 32, 8, 1)),
     (256, 4): Config(Tile(32, 0, 4, 1), Tile(0, 16, 8, 1), Tile(0, 32, 8, 1), Tile(0, 16, 8, 1), Tile(32, 32, 8, 1)),
-}
+})
 FILL = 128  # programs that fill a card: the walks through chunks take narrower blocks of values until there are as many
 SPANS = 256  # programs of a walk over spans, and chunks of a span at least
 SHORTEST = 32
