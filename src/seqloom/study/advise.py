@@ -166,9 +166,11 @@ def advise(question: Question, measured: Measured | None = None) -> Advice:
     """
     measured = shipped() if measured is None else measured
     if question.task not in measured.map:
-        raise BadInput(f"the map has no task {question.task!r}; {near(question.task, measured.map)}")
+        raise BadInput(f"the map has no runs of task {question.task!r} yet; {near(question.task, measured.map)}. "
+                       f"`seqloom compare --task {question.task}` trains the mixers you name on it here")
     if question.device not in measured.costs:
-        raise BadInput(f"no costs were measured on {question.device!r}; {near(question.device, measured.costs)}")
+        raise BadInput(f"no costs were measured on {question.device!r}; {near(question.device, measured.costs)}. `python -m "
+                       "seqloom.bench.costs` measures them, and `seqloom advise --refresh` takes them in")
     found = candidates(question, measured)
     decision = decide(question, found)
     if decision is None:
