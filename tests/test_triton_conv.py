@@ -5,15 +5,12 @@ As in test_triton_scans.py the checks run once, in a process of their own, which
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+from interpreted import report_of, run_checks
 from torch import Tensor
 
 from seqloom.core import form_report, use_form
@@ -132,28 +129,16 @@ def chosen() -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    report = {}
-    for name, given in CONV.items():
-        torch.manual_seed(0)
-        report[f"conv {name}"] = conv(*given)
-    for name, given in NORM.items():
-        torch.manual_seed(0)
-        report[f"norm {name}"] = norm(*given)
-    for check in (neighbour, compiled, chosen):
-        torch.manual_seed(0)
-        report[check.__name__] = check()
-    print(json.dumps(report))
+    run_checks({
+        **{f"conv {name}": partial(conv, *given) for name, given in CONV.items()},
+        **{f"norm {name}": partial(norm, *given) for name, given in NORM.items()},
+        **{check.__name__: check for check in (neighbour, compiled, chosen)},
+    })
 
 
 @pytest.fixture(scope="module")
 def report() -> dict:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return report_of(__file__)
 
 
 @pytest.mark.parametrize("name", [*(f"conv {name}" for name in CONV), *(f"norm {name}" for name in NORM)])

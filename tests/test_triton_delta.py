@@ -6,15 +6,11 @@ run once, in a process of their own, which prints what it found.
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
+from interpreted import report_of, run_checks
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -181,22 +177,12 @@ def exported() -> float:
 CHECKS = (spans, quiet_spans, neighbour, repeated, low, again, compiled, exported)
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    report = {}
-    for name, check in {**{name: partial(case, *c) for name, c in CASES.items()}, **{x.__name__: x for x in CHECKS}}.items():
-        torch.manual_seed(0)
-        report[name] = check()
-    print(json.dumps(report))
+    run_checks({**{name: partial(case, *given) for name, given in CASES.items()}, **{each.__name__: each for each in CHECKS}})
 
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, float]:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return report_of(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)

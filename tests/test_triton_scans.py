@@ -5,15 +5,12 @@ As in test_triton_delta.py the checks run once, in a process of their own, which
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+from interpreted import report_of, run_checks
 from torch import Tensor
 
 from seqloom.core.segments import Segments, Track, resolve
@@ -168,31 +165,17 @@ def compiled() -> float:
 CHECKS = (turning, neighbour, compiled, never, half)
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    report = {}
-    for name, given in DECAY.items():
-        torch.manual_seed(0)
-        report[f"decay {name}"] = decay(*given)
-    for name, given in PARTS.items():
-        torch.manual_seed(0)
-        report[f"parts {name}"] = decay(*given, parts=True)
-    for name, given in DIAGONAL.items():
-        torch.manual_seed(0)
-        report[f"diagonal {name}"] = diagonal(*given)
-    for check in CHECKS:
-        torch.manual_seed(0)
-        report[check.__name__] = check()
-    print(json.dumps(report))
+    run_checks({
+        **{f"decay {name}": partial(decay, *given) for name, given in DECAY.items()},
+        **{f"parts {name}": partial(decay, *given, parts=True) for name, given in PARTS.items()},
+        **{f"diagonal {name}": partial(diagonal, *given) for name, given in DIAGONAL.items()},
+        **{check.__name__: check for check in CHECKS},
+    })
 
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, float]:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return report_of(__file__)
 
 
 @pytest.mark.parametrize("name", [*(f"decay {name}" for name in DECAY), *(f"parts {name}" for name in PARTS),

@@ -1,21 +1,18 @@
 """The fused selective scan, by Triton's interpreter on the CPU: against the chunked form in float64.
 
-As in test_triton_delta.py the checks run once, in a process of their own, which prints what it found. Tiles are smaller than on
+The checks run once, in a process of their own (tests/interpreted.py). Tiles are smaller than on
 a card: 8 tokens of 4 channels.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from interpreted import report_of, run_checks
 from torch import Tensor
 
 from seqloom.core.segments import Segments, Track, resolve
@@ -155,25 +152,12 @@ def compiled() -> float:
 CHECKS = (neighbour, again, low, compiled)
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    report = {}
-    for name, given in CASES.items():
-        torch.manual_seed(0)
-        report[name] = case(*given)
-    for check in CHECKS:
-        torch.manual_seed(0)
-        report[check.__name__] = check()
-    print(json.dumps(report))
+    run_checks({**{name: partial(case, *given) for name, given in CASES.items()}, **{each.__name__: each for each in CHECKS}})
 
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, float]:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return report_of(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)
