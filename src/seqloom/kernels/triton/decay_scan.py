@@ -215,7 +215,7 @@ def _stretch(weight, a, j, i, run):
     return tl.where((run == tl.sum(tl.where(i == j, run, 0), 0))[:, None], weight, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N"])
 def _prepare_kernel(q_ptr, k_ptr, log_a_ptr, code_ptr, scores_ptr, late_ptr, early_ptr, whole_ptr, steep_ptr, T, H, G,
                     K, N, GATE: tl.constexpr, SEG: tl.constexpr, DIAGONAL: tl.constexpr, READ: tl.constexpr,
                     EXACT: tl.constexpr, RANGE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr,
@@ -335,7 +335,7 @@ def _enter(start_ptr, ends_ptr, decays_ptr, bh, part, parts, box, fits, d, K, V)
     return S
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N", "PART"])
 def _forward_kernel(q_ptr, k_ptr, v_ptr, late_ptr, early_ptr, whole_ptr, code_ptr, scores_ptr, start_ptr, ends_ptr, decays_ptr,
                     y_ptr, states_ptr, last_ptr, T, H, G, K, V, N, PART, GATE: tl.constexpr, SEG: tl.constexpr,
                     SAVE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):
@@ -373,7 +373,7 @@ def _forward_kernel(q_ptr, k_ptr, v_ptr, late_ptr, early_ptr, whole_ptr, code_pt
         tl.store(last_ptr + bh.to(tl.int64) * K * V + box, S, mask=fits)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N", "PART"])
 def _walk_kernel(left_ptr, right_ptr, late_ptr, early_ptr, whole_ptr, code_ptr, start_ptr, ends_ptr, decays_ptr, states_ptr,
                  last_ptr, T, H, G, K, V, N, PART, GATE: tl.constexpr, SEG: tl.constexpr, REVERSE: tl.constexpr,
                  ENDS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):
@@ -423,7 +423,7 @@ def _walk_kernel(left_ptr, right_ptr, late_ptr, early_ptr, whole_ptr, code_ptr, 
         tl.store(last_ptr + bh.to(tl.int64) * K * V + box, S, mask=fits)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N"])
 def _apply_kernel(left_ptr, late_ptr, early_ptr, whole_ptr, code_ptr, scores_ptr, states_ptr, right_ptr, other_ptr, out_ptr,
                   products_ptr, T, H, G, K, V, N, GATE: tl.constexpr, SEG: tl.constexpr, TURN: tl.constexpr,
                   DIAGONAL: tl.constexpr, PRODUCTS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -551,7 +551,7 @@ def _channels(q_ptr, k_ptr, v_ptr, log_a_ptr, code_ptr, products_ptr, states_ptr
         _store_rows(dlog_a_ptr + h * K, token, H * K, d, inside, K, dlog_a)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N"])
 def _channels_kernel(q_ptr, k_ptr, v_ptr, log_a_ptr, code_ptr, products_ptr, states_ptr, adjoints_ptr, whole_ptr, steep_ptr,
                      dy_ptr, dq_ptr, dk_ptr, dlog_a_ptr, T, H, K, V, N, SEG: tl.constexpr, ALL: tl.constexpr,
                      QUERY: tl.constexpr, EXACT: tl.constexpr, FINE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
@@ -563,7 +563,7 @@ def _channels_kernel(q_ptr, k_ptr, v_ptr, log_a_ptr, code_ptr, products_ptr, sta
               tl.num_programs(2), SEG, ALL, QUERY, EXACT, FINE, False, C, BK, BV, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N", "sites"])
 def _steep_kernel(q_ptr, k_ptr, v_ptr, log_a_ptr, code_ptr, products_ptr, states_ptr, adjoints_ptr, whole_ptr, steep_ptr,
                   dy_ptr, dq_ptr, dk_ptr, dlog_a_ptr, T, H, K, V, N, sites, blocks, MANY: tl.constexpr, SEG: tl.constexpr,
                   ALL: tl.constexpr, QUERY: tl.constexpr, EXACT: tl.constexpr, FINE: tl.constexpr, C: tl.constexpr,
@@ -581,7 +581,7 @@ def _steep_kernel(q_ptr, k_ptr, v_ptr, log_a_ptr, code_ptr, products_ptr, states
                       site % blocks, blocks, SEG, ALL, QUERY, EXACT, FINE, True, C, BK, BV, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "N"])
 def _heads_kernel(q_ptr, k_ptr, v_ptr, log_a_ptr, late_ptr, early_ptr, whole_ptr, code_ptr, scores_ptr, states_ptr,
                   adjoints_ptr, dy_ptr, dq_ptr, dk_ptr, dlog_a_ptr, T, H, G, K, V, N, GATE: tl.constexpr, SEG: tl.constexpr,
                   DIAGONAL: tl.constexpr, EXACT: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,

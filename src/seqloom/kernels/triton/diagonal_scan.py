@@ -71,7 +71,7 @@ def _enter(start_ptr, total_ptr, product_ptr, row, part, d, D, PARTS, REVERSE: t
     return h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "LENGTH", "PARTS"])
 def _totals_kernel(a_ptr, b_ptr, code_ptr, total_ptr, product_ptr, T, D, LENGTH, PARTS, SEG: tl.constexpr,
                    REVERSE: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
     """What each part of T adds to a state, and the product of its decays. REVERSE: h_t = b_t + a_{t+1} h_{t+1}."""
@@ -98,7 +98,7 @@ def _totals_kernel(a_ptr, b_ptr, code_ptr, total_ptr, product_ptr, T, D, LENGTH,
     tl.store(product_ptr + at, product, mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "LENGTH", "PARTS"])
 def _forward_kernel(a_ptr, b_ptr, code_ptr, start_ptr, total_ptr, product_ptr, h_ptr, last_ptr, T, D, LENGTH,
                     PARTS, SEG: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
     d = tl.program_id(0) * BD + tl.arange(0, BD)
@@ -121,7 +121,7 @@ def _forward_kernel(a_ptr, b_ptr, code_ptr, start_ptr, total_ptr, product_ptr, h
     tl.store(last_ptr + row * D + d, h, mask=(d < D) & (part == PARTS - 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "LENGTH", "PARTS"])
 def _backward_kernel(a_ptr, h_ptr, code_ptr, start_ptr, dh_ptr, dlast_ptr, total_ptr, product_ptr, da_ptr, db_ptr,
                      dstart_ptr, T, D, LENGTH, PARTS, SEG: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
     """g_t = dh_t + a_{t+1} g_{t+1}, from the end; db_t = g_t, da_t = g_t h_{t-1}, 0 where a or b is not read."""

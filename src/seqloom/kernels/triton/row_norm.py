@@ -39,7 +39,7 @@ def _read(x_ptr, gate_ptr, rows, n, ok, xi, xo_step, xi_step, gi, go_step, gi_st
     return x, opened, slope  # one return: two of different values do not compile, though the interpreter takes them
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "xi", "gi"])
 def _forward_kernel(x_ptr, w_ptr, gate_ptr, y_ptr, R, N, xi, xo_step, xi_step, gi, go_step, gi_step, eps, share,
                     WEIGHT: tl.constexpr, GATE: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr):
     n = tl.arange(0, BN)
@@ -56,7 +56,7 @@ def _forward_kernel(x_ptr, w_ptr, gate_ptr, y_ptr, R, N, xi, xo_step, xi_step, g
     tl.store(y_ptr + rows.to(tl.int64)[:, None] * N + n[None, :], y.to(y_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "xi", "gi", "TILES"])
 def _backward_kernel(dy_ptr, x_ptr, w_ptr, gate_ptr, dx_ptr, dgate_ptr, sums_ptr, R, N, xi, xo_step, xi_step, gi, go_step,
                      gi_step, eps, share, TILES, WEIGHT: tl.constexpr, GATE: tl.constexpr, BR: tl.constexpr,
                      BN: tl.constexpr):

@@ -144,7 +144,7 @@ def _wide(x, live, SEG: tl.constexpr):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _prepare_kernel(b_ptr, c_ptr, code_ptr, wide_ptr, T, N, NP, TP, ROWS, b_row, b_token, b_state, c_row, c_token, c_state,
                     SEG: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):
     """B and C [B, T, N], of any strides, as [2, B, N', T'] in float32, 0 at holds and beyond T and N."""
@@ -163,7 +163,7 @@ def _prepare_kernel(b_ptr, c_ptr, code_ptr, wide_ptr, T, N, NP, TP, ROWS, b_row,
     tl.store(wide_ptr + ((ROWS + row) * NP + n[None, :]) * TP + t[:, None], c, mask=mask)
 
 
-@triton.jit(do_not_specialize=["x_ptr", "dt_ptr"])
+@triton.jit(do_not_specialize=["x_ptr", "dt_ptr", "T", "LENGTH", "PARTS", "TILES"])
 def _totals_kernel(x_ptr, dt_ptr, b_ptr, c_ptr, a_ptr, code_ptr, total_ptr, product_ptr, T, N, TP, LENGTH, PARTS, TILES,
                    E: tl.constexpr, KIND: tl.constexpr, SEG: tl.constexpr, EDGE: tl.constexpr, REVERSE: tl.constexpr,
                    BT: tl.constexpr, BE: tl.constexpr, LN2: tl.constexpr):
@@ -220,7 +220,7 @@ def _totals_kernel(x_ptr, dt_ptr, b_ptr, c_ptr, a_ptr, code_ptr, total_ptr, prod
             tl.store(product_ptr + slot + n * E, tl.exp2(step * A) * through, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PARTS", "SLOTS", "STEP"])
 def _pass_kernel(first_ptr, total_ptr, product_ptr, enter_ptr, E, N, PARTS, SLOTS, STEP, REVERSE: tl.constexpr,
                  BE: tl.constexpr):
     """The state that enters each part, through all the parts before it (after it), put where the part's first slot is."""
@@ -237,7 +237,7 @@ def _pass_kernel(first_ptr, total_ptr, product_ptr, enter_ptr, E, N, PARTS, SLOT
         h = h * through + tl.load(total_ptr + slot + at, mask=inner, other=0.0)
 
 
-@triton.jit(do_not_specialize=["x_ptr", "dt_ptr", "y_ptr"])
+@triton.jit(do_not_specialize=["x_ptr", "dt_ptr", "y_ptr", "T", "LENGTH", "PARTS", "TILES", "SLOTS"])
 def _forward_kernel(x_ptr, dt_ptr, b_ptr, c_ptr, a_ptr, d_ptr, code_ptr, states_ptr, y_ptr, last_ptr, T, N, TP, LENGTH,
                     PARTS, TILES, SLOTS, E: tl.constexpr, KIND: tl.constexpr, SEG: tl.constexpr, EDGE: tl.constexpr,
                     SKIP: tl.constexpr, SAVE: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, LN2: tl.constexpr):
@@ -313,7 +313,7 @@ def _add(sums, pick, x, BT: tl.constexpr, LANES: tl.constexpr, SUM: tl.constexpr
     return sums
 
 
-@triton.jit(do_not_specialize=["x_ptr", "dt_ptr", "dy_ptr", "dx_ptr", "ddt_ptr"])
+@triton.jit(do_not_specialize=["x_ptr", "dt_ptr", "dy_ptr", "dx_ptr", "ddt_ptr", "T", "LENGTH", "PARTS", "TILES"])
 def _backward_kernel(x_ptr, dt_ptr, dy_ptr, b_ptr, c_ptr, a_ptr, d_ptr, code_ptr, states_ptr, late_ptr, dx_ptr, ddt_ptr,
                      sums_ptr, da_ptr, dd_ptr, T, N, TP, LENGTH, PARTS, TILES, E: tl.constexpr, KIND: tl.constexpr,
                      SEG: tl.constexpr, EDGE: tl.constexpr, SKIP: tl.constexpr, SUM: tl.constexpr, TERMS: tl.constexpr,

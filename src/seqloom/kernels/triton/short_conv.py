@@ -64,7 +64,7 @@ def _taps(w_ptr, bias_ptr, d, ok, W: tl.constexpr, BIAS: tl.constexpr):
     return w, bias
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "LENGTH", "PARTS"])
 def _forward_kernel(x_ptr, w_ptr, bias_ptr, tail_ptr, order_ptr, run_ptr, count_ptr, y_ptr, last_ptr, T, D, row, step, LENGTH,
                     PARTS, W: tl.constexpr, SILU: tl.constexpr, BIAS: tl.constexpr, SEG: tl.constexpr, U: tl.constexpr,
                     BD: tl.constexpr):
@@ -140,7 +140,7 @@ def _back(r, seen, runs, places, sums, dw, dbias, w, bias, x_ptr, dy_ptr, dlast_
     return seen[1:], runs[1:], places[1:], more[1:], dw, dbias
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "LENGTH", "PARTS"])
 def _backward_kernel(dy_ptr, dlast_ptr, x_ptr, w_ptr, bias_ptr, tail_ptr, order_ptr, run_ptr, count_ptr, dx_ptr, dtail_ptr,
                      sums_ptr, T, D, row, step, LENGTH, PARTS, W: tl.constexpr, SILU: tl.constexpr, BIAS: tl.constexpr,
                      SEG: tl.constexpr, U: tl.constexpr, BD: tl.constexpr):
