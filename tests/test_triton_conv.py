@@ -10,13 +10,15 @@ from functools import partial
 
 import pytest
 import torch
-from interpreted import report_of, run_checks
+from interpreted import pattern, report_of, run_checks
 from torch import Tensor
 
 from seqloom.core import form_report, use_form
-from seqloom.core.segments import Segments, Track, resolve
+from seqloom.core.segments import Track, resolve
 from seqloom.kernels import row_norm, short_conv
 from seqloom.parts import GatedRMSNorm, RMSNorm, ShortConv, l2_normalise
+
+EDGES = (3, 15, 16, 17, 30)  # at and beside those of chunks, tiles or programs
 
 # width, tokens, channels, segments with NaN at pads, SiLU, bias and carried tail, x a slice of wider rows
 CONV = {
@@ -35,15 +37,6 @@ NORM = {
 }
 
 
-def pattern(tokens: int) -> Segments:
-    """Boundaries at and beside the edges of programs, pads left, inside and right; the first row goes on."""
-    ids = torch.ones(2, tokens, dtype=torch.int64)
-    for start in (3, 15, 16, 17, 30):
-        ids[0, start:] += 1
-    ids[1, :2], ids[1, 7:13], ids[1, 13:], ids[1, max(tokens - 3, 14):] = 0, 0, 2, 0
-    return resolve(ids, Track(torch.tensor([1, 9]), torch.tensor([3, 3])))[0]
-
-
 def furthest(run: Callable, streams: list, forms: dict[str, Callable]) -> float:
     """The largest relative error of an output or gradient of the fused form in float32; not a number counts as 1e9."""
     seen = []
@@ -58,7 +51,7 @@ def furthest(run: Callable, streams: list, forms: dict[str, Callable]) -> float:
 
 
 def conv(width: int, tokens: int, channels: int, packed: bool, silu: bool, full: bool, wide: bool) -> float:
-    segments = pattern(tokens) if packed else None
+    segments = pattern(tokens, *EDGES) if packed else None
     x = torch.randn(2, tokens, channels + 5 * wide)
     x = x if segments is None else segments.hold(x, float("nan"))
     bias, state = (torch.randn(channels), torch.randn(2, width - 1, channels)) if full else (None, None)

@@ -10,12 +10,14 @@ from functools import partial
 
 import pytest
 import torch
-from interpreted import report_of, run_checks
+from interpreted import pattern, report_of, run_checks
 from torch import Tensor
 from torch.nn import functional as F
 
 from seqloom.core.segments import Segments, Track, resolve
 from seqloom.kernels import delta_scan
+
+EDGES = (3, 4, 30, 63, 64, 65, 127, 128)  # at and beside those of chunks, tiles or programs
 
 # tokens, key, value, decay, segments with NaN at pads, first state, steps a token
 CASES = {
@@ -38,15 +40,6 @@ def streams(tokens: int, key: int, value: int, decay: bool, steps: int = 1, batc
     return [q, k, v, 2 * torch.rand(*long, heads).double()] + [log_a] * decay
 
 
-def pattern(tokens: int) -> Segments:
-    """Boundaries at and beside the edges of chunks of 64, pads left, inside and right; the first row goes on."""
-    ids = torch.ones(2, tokens, dtype=torch.int64)
-    for start in (3, 4, 30, 63, 64, 65, 127, 128):
-        ids[0, start:] += 1
-    ids[1, :2], ids[1, 7:13], ids[1, 13:], ids[1, max(tokens - 3, 14):] = 0, 0, 2, 0
-    return resolve(ids, Track(torch.tensor([1, 9]), torch.tensor([3, 3])))[0]
-
-
 def everything(form, inputs: list[Tensor], state: Tensor | None, segments: Segments | None, dtype: torch.dtype) -> list[Tensor]:
     """y, the final state and the gradients of all streams and of the state, under fixed random cotangents."""
     wide = torch.promote_types(dtype, torch.float32)
@@ -66,7 +59,7 @@ def furthest(found: list[Tensor], want: list[Tensor]) -> float:
 
 def case(tokens: int, key: int, value: int, decay: bool, packed: bool, first: bool, steps: int) -> float:
     inputs = [x.float().double() for x in streams(tokens, key, value, decay, steps)]
-    segments = pattern(tokens) if packed else None
+    segments = pattern(tokens, *EDGES) if packed else None
     state = torch.randn(2, 1, key, value).double() if first else None
     if segments is not None:
         inputs = [segments.hold(x, float("nan")) for x in inputs]

@@ -10,11 +10,13 @@ from functools import partial
 
 import pytest
 import torch
-from interpreted import report_of, run_checks
+from interpreted import pattern, report_of, run_checks
 from torch import Tensor
 
 from seqloom.core.segments import Segments, Track, resolve
 from seqloom.kernels import decay_scan, diagonal_scan
+
+EDGES = (3, 30, 63, 64, 65, 128)  # at and beside those of chunks, tiles or programs
 
 # gate (0 none, 1 per head, 2 per key channel, 3 per value channel), tokens, groups, heads, key, value, segments with NaN at
 # pads, diagonal, and the largest log decay
@@ -41,15 +43,6 @@ PARTS = {"none": (0, 150, 1, 1, 16, 16, True, True, 0.0), "head": (1, 150, 1, 1,
          "channel": (2, 150, 1, 1, 16, 16, False, True, 0.1), "value": (3, 150, 1, 1, 16, 16, True, True, 0.1)}
 # tokens, channels, segments, parts of T at most
 DIAGONAL = {"plain": (130, 70, False, 1), "parts": (200, 20, False, 3), "packed": (200, 20, True, 3), "one": (1, 5, True, 1)}
-
-
-def pattern(tokens: int) -> Segments:
-    """Boundaries at and beside the edges of chunks of 64, pads left, inside and right; the first row goes on."""
-    ids = torch.ones(2, tokens, dtype=torch.int64)
-    for start in (3, 30, 63, 64, 65, 128):
-        ids[0, start:] += 1
-    ids[1, :2], ids[1, 7:13], ids[1, 13:], ids[1, max(tokens - 3, 14):] = 0, 0, 2, 0
-    return resolve(ids, Track(torch.tensor([1, 9]), torch.tensor([3, 3])))[0]
 
 
 def everything(form: Callable, streams: list, state: Tensor, segments: Segments | None, dtype: torch.dtype,
@@ -85,7 +78,7 @@ def decay(gate: int, tokens: int, groups: int, heads: int, key: int, value: int,
     if log_a is not None:
         log_a[:, ::3] *= 0.01
     streams = [q, k, torch.randn(2, tokens, heads, value), log_a]
-    return furthest(decay_scan, streams, torch.randn(2, heads, key, value), pattern(tokens) if packed else None,
+    return furthest(decay_scan, streams, torch.randn(2, heads, key, value), pattern(tokens, *EDGES) if packed else None,
                     diagonal=diagonal, axis=axis)
 
 
@@ -115,7 +108,7 @@ def diagonal(tokens: int, channels: int, packed: bool, parts: int) -> float:
 
     launched.LEAST, launched.FILL = tokens // parts, 2 * parts * -(-channels // 64)
     streams = [torch.rand(2, tokens, channels), torch.randn(2, tokens, channels)]
-    return furthest(diagonal_scan, streams, torch.randn(2, channels), pattern(tokens) if packed else None)
+    return furthest(diagonal_scan, streams, torch.randn(2, channels), pattern(tokens, *EDGES) if packed else None)
 
 
 def turning() -> float:

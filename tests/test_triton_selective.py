@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted import report_of, run_checks
+from interpreted import pattern, report_of, run_checks
 from torch import Tensor
 
-from seqloom.core.segments import Segments, Track, resolve
+from seqloom.core.segments import Track, resolve
 from seqloom.kernels import selective_scan
+
+EDGES = (3, 7, 8, 9, 16)  # at and beside those of chunks, tiles or programs
 
 # tokens, channels, states, rule, segments with NaN at pads, parts of T at most, D, and the largest step
 CASES = {
@@ -38,15 +40,6 @@ def small() -> Any:
 
     launched.TILE, launched.LANES = 8, 4
     return launched
-
-
-def pattern(tokens: int) -> Segments:
-    """Boundaries at and beside the edges of tiles of 8, pads left, inside and right; the first row goes on."""
-    ids = torch.ones(2, tokens, dtype=torch.int64)
-    for start in (3, 7, 8, 9, 16):
-        ids[0, start:] += 1
-    ids[1, :2], ids[1, 6:11], ids[1, 11:], ids[1, tokens - 2:] = 0, 0, 2, 0
-    return resolve(ids, Track(torch.tensor([1, 9]), torch.tensor([3, 3])))[0]
 
 
 def streams(tokens: int, channels: int, states: int, most: float) -> list[Tensor]:
@@ -76,7 +69,7 @@ def case(tokens: int, channels: int, states: int, rule: str, packed: bool, parts
     launched = small()
     launched.LEAST, launched.FILL = max(tokens // parts, 1), 2 * parts
     given = streams(tokens, channels, states, most)
-    segments = pattern(tokens) if packed else None
+    segments = pattern(tokens, *EDGES) if packed else None
     if segments is not None:
         given = [segments.hold(x, float("nan")) for x in given]
     A = None if rule == "erase" else -torch.rand(channels, states).double() * 2

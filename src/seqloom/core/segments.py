@@ -31,7 +31,8 @@ class Segments(NamedTuple):
     """Ids resolved against the carried ones: all a kernel needs. Every field is [B, T].
 
     real:  False where the token holds
-    run:   number of boundaries at or before the token, within this call; 0 continues the incoming state
+    run:   number of boundaries at or before the token, within this call; 0 continues the incoming state. A boundary may
+           stand at a hold: read from the end, or where the first token of a sample goes to another memory
     """
 
     real: Tensor
@@ -45,6 +46,15 @@ class Segments(NamedTuple):
     def starts(self) -> Tensor:
         """[B, T] True at the first token of each new run: the place of a reset."""
         return torch.diff(self.run, dim=1, prepend=torch.zeros_like(self.run[:, :1])) > 0
+
+    def code(self) -> Tensor:
+        """2 run + real, [B, T] int32 and dense: all of it, for a kernel that compares runs."""
+        return (2 * self.run + self.real).to(torch.int32).contiguous()
+
+    def marks(self) -> Tensor:
+        """real + 2 starts, [B, T] int8 and dense, for a kernel that walks: bit 0, the token is read; bit 1, the state is
+        cleared before it."""
+        return (self.real + 2 * self.starts()).to(torch.int8).contiguous()
 
     def pad(self, extra: int) -> Segments:
         """`extra` holds at the end, in the last run, so that T becomes a multiple of a chunk."""

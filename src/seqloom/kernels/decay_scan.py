@@ -180,7 +180,7 @@ def fused(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[Ten
         q, k, groups, shared = _per_head(q, heads), _per_head(k, heads), heads, 1
     start = v.new_zeros(v.shape[0], heads, key, value, dtype=torch.float32) if state is None else state.float()
     start = start.mT if by_value else start
-    code = None if segments is None else (2 * segments.run + segments.real).to(torch.int32)
+    code = None if segments is None else segments.code()
     q, k, v = (x.to(low) for x in (q, k, v))
     log_a = None if log_a is None else log_a.to(narrow(log_a.dtype))
     whole = value if by_value else key

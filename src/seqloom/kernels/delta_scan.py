@@ -176,7 +176,7 @@ def fused(q: Float[Tensor, "b t h k"], k: Float[Tensor, "b t *n h k"], v: Float[
         y, state, _ = fused(*streams, state=state, segments=apart)
         return Mixed(y[:, k.shape[2] - 1 :: k.shape[2]], state)
     dtype, low = v.dtype, narrow(torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype))
-    code = None if segments is None else (2 * segments.run + segments.real).to(torch.int32)
+    code = None if segments is None else segments.code()
     q, k, v = (x.to(low) for x in (q, k, v))
     beta, log_a = beta.to(narrow(beta.dtype)), None if log_a is None else log_a.to(narrow(log_a.dtype))
     y, new = delta_scan.launch(q, k, v, beta, log_a, None if state is None else state.float().contiguous(), code)

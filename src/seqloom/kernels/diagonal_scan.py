@@ -103,7 +103,7 @@ def fused(a: Shaped[Tensor, "b t ..."], b: Shaped[Tensor, "b t ..."], *, state: 
     a, b = (x.to(low).reshape(*real[:2], -1).contiguous() for x in (a, b))
     shape = b[:, 0].shape
     start = b.new_zeros(shape, dtype=torch.float32) if state is None else state.reshape(shape).float().contiguous()
-    code = None if segments is None else torch.where(segments.real, 1 + segments.starts().to(torch.int8), 0).to(torch.int8)
+    code = None if segments is None else segments.marks()
     h, last = diagonal_scan.launch(a, b, start, code)
     h, last = h.reshape(real), last.reshape(real[0], *real[2:])
     if turn is not None:

@@ -177,7 +177,7 @@ def fused(x: Float[Tensor, "b t e"], dt: Float[Tensor, "b t e"], B: Float[Tensor
 
     start = _start(x, B, A, state, discretise)
     low = narrow(x.dtype)
-    code = None if segments is None else (segments.real.to(torch.int8) + segments.starts()).contiguous()
+    code = None if segments is None else segments.marks()
     kind = "exact" if discretise == "zoh" else "erase" if A is None else "euler"
     y, new = selective_scan.launch(
         x.to(low).contiguous(), dt.to(narrow(dt.dtype)).contiguous(), B.to(narrow(B.dtype)), C.to(narrow(C.dtype)),
@@ -189,8 +189,7 @@ def fused(x: Float[Tensor, "b t e"], dt: Float[Tensor, "b t e"], B: Float[Tensor
 def _by_operator(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor | None, D: Tensor | None, state: Tensor | None,
                  segments: Segments | None, kind: str, block: int) -> Mixed:
     start = _start(x, B, A, state, "zoh" if kind == "exact" else "euler")
-    # 0 holds, 1 is real, 2 is the first of its run
-    marks = None if segments is None else segments.real.to(torch.int8) + segments.starts()
+    marks = None if segments is None else segments.marks()
     y, new, _ = _forward(x, dt, B, C, None if A is None else A.to(start.dtype), D, start, marks, kind, block)
     return Mixed(y, new)
 
@@ -226,7 +225,7 @@ def _memory(count: int, like: Tensor, states: Tensor, block: int) -> Callable[[i
 def _selected(marks: Tensor | None, wide: torch.dtype, *streams: Tensor) -> tuple[Tensor, ...]:
     """The streams [r, t, .] in `wide`, 0 where tokens hold."""
     streams = tuple(value.to(wide) for value in streams)
-    held = None if marks is None else marks == 0
+    held = None if marks is None else (marks & 1) == 0
     if held is None or (held.device.type == "cpu" and not bool(held.any())):
         return streams
     return tuple(torch.where(held[..., None], 0.0, value) for value in streams)
@@ -234,7 +233,7 @@ def _selected(marks: Tensor | None, wide: torch.dtype, *streams: Tensor) -> tupl
 
 def _survives(marks: Tensor | None, wide: torch.dtype) -> Tensor | None:
     """A factor of the decays [r, t]: 0 at boundaries, else 1; None without any."""
-    return None if marks is None else (marks != 2).to(wide)
+    return None if marks is None else (marks < 2).to(wide)
 
 
 def _decays(dt: Tensor, B: Tensor, A: Tensor | None, keep: Tensor | None, out: Tensor) -> Tensor:

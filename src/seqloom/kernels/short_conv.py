@@ -76,9 +76,10 @@ def fused(x: Float[Tensor, "b t d"], *, weight: Float[Tensor, "d k"], bias: Tens
     if segments is not None:
         # real tokens by rank, then the holds, as `Segments.order` has them, without a sort
         index = torch.arange(tokens, dtype=torch.int32, device=x.device).expand(batch, tokens)
-        rank = segments.real.cumsum(1, dtype=torch.int32)
+        real = segments.real.contiguous()  # a view of rows that are side by side would lend the others its layout
+        rank = real.cumsum(1, dtype=torch.int32)
         count = rank[:, -1].contiguous()
-        place = torch.where(segments.real, rank - 1, count[:, None] + index - rank)
+        place = torch.where(real, rank - 1, count[:, None] + index - rank)
         order, run = torch.empty_like(rank).scatter_(1, place.long(), index), segments.run.to(torch.int32).contiguous()
     weight, bias = weight.to(narrow(weight.dtype)).contiguous(), None if bias is None else bias.to(narrow(bias.dtype))
     y, last = short_conv.launch(x.to(low), weight, bias, tail.to(narrow(tail.dtype)).contiguous(), order, run, count,
@@ -97,9 +98,11 @@ class _Taps(torch.autograd.Function):
         width, wide = weight.shape[1], accumulator(line.dtype)
         taps = weight.T.to(wide).contiguous()
         own = line[:, width - 1 :]
+        # PyTorch 2.11 compiles a forward pass that writes in place to wrong gradients, without a word
+        add = torch.addcmul if torch.compiler.is_compiling() else torch.Tensor.addcmul_
         sums = own * taps[-1] if bias is None else torch.addcmul(bias.to(wide), own, taps[-1])
         for j in range(width - 1):
-            sums.addcmul_(_where(same, j, line[:, j : j + sums.shape[1]]), taps[j])
+            sums = add(sums, _where(same, j, line[:, j : j + sums.shape[1]]), taps[j])
         ctx.save_for_backward(line, weight, bias, same, sums if silu else None)
         return (F.silu(sums) if silu else sums).to(line.dtype)
 

@@ -13,13 +13,15 @@ from torch.utils import _pytree as pytree
 
 from seqloom.core import Mixer, State, use_form
 from seqloom.core.state import leaves
-from seqloom.laws.cases import EXACT, WIDTH, draw
+from seqloom.laws.cases import EXACT, SINGLE, WIDTH, draw
 from seqloom.laws.law import Measure
 
-FLOOR = 1e-6   # values below this are compared absolutely: all inputs and cotangents have unit scale
+# values below these are compared absolutely, all inputs and cotangents having unit scale: times their limits, the last
+# digits of float64 and of float32, so that a gradient that is 0 may be what rounding leaves
+FLOOR, SINGLE_FLOOR = 1e-6, 1e-3
 
 
-def gap(got: Tensor | None, want: Tensor | None) -> float:
+def gap(got: Tensor | None, want: Tensor | None, floor: float = FLOOR) -> float:
     """Largest difference relative to the largest wanted value; infinite where shapes differ, NaN where got has NaN."""
     if got is None and want is None:
         return 0.0
@@ -31,14 +33,14 @@ def gap(got: Tensor | None, want: Tensor | None) -> float:
         return 0.0
     wide = torch.complex128 if want.is_complex() else torch.float64
     got, want = got.detach().to("cpu", wide), want.detach().to("cpu", wide)
-    return float((got - want).abs().max() / want.abs().max().clamp(min=FLOOR))
+    return float((got - want).abs().max() / want.abs().max().clamp(min=floor))
 
 
 def compare(where: str, got: Mapping[str, Tensor | None], want: Mapping[str, Tensor | None], limit: float = EXACT) -> Measure:
     """The worst gap over all names, as one measure that says which name it is."""
-    worst, name = -1.0, "nothing"
+    worst, name, floor = -1.0, "nothing", SINGLE_FLOOR if limit == SINGLE else FLOOR
     for key in want.keys() | got.keys():
-        value = gap(got.get(key), want.get(key)) if key in want and key in got else math.inf
+        value = gap(got.get(key), want.get(key), floor) if key in want and key in got else math.inf
         if math.isnan(value) or value > worst:
             worst, name = value, key
         if math.isnan(value):

@@ -80,6 +80,8 @@ class Mamba2(Spec):
     }
 
     def __post_init__(self) -> None:
+        if min(self.state, self.head_dim, self.expand, self.groups, self.conv) < 1:
+            raise ValueError("Mamba2: state, head_dim, expand, groups and conv are sizes of at least 1")
         low, high = self.dt_limit
         if low < 0 or (high is not None and high <= low):
             raise ValueError(f"Mamba2: dt_limit {self.dt_limit} is no range of steps; use 0 <= low < high, or None for high")

@@ -3,7 +3,7 @@
 Strips of channels of every row are shared out to as many threads as PyTorch has. The forward pass keeps the states that
 enter every `chunk` tokens; the backward pass makes those of one chunk anew, with their decays, and walks it from the end.
 States are [N, W] with the channels innermost, so that every inner loop is one vector instruction after another.
-`marks` [B, T]: a token of mark 0 holds (nothing of it is read), one of mark 2 is the first of its run and resets the state.
+`marks` [B, T], as `Segments.marks`: without bit 0 a token holds (nothing of it is read), at bit 1 the state is cleared.
 """
 
 from __future__ import annotations
@@ -166,11 +166,11 @@ def _forward(x, dt, B, C, A2, D, start, marks, y, new, entering, strip, chunk, f
         for t in range(x.shape[1]):
             if t % chunk == 0:
                 entering[t // chunk, b, :, low:high] = h
-            if marks[b, t] == 0:
+            if marks[b, t] & 2:
+                h[:] = 0
+            if not marks[b, t] & 1:
                 y[b, t, low:high] = 0
                 continue
-            if marks[b, t] == 2:
-                h[:] = 0
             _product(written, dt[b, t, low:high], x[b, t, low:high])
             _advance(h, dt[b, t, low:high], a, written, B[b, t])
             _product(y[b, t, low:high], D[low:high], x[b, t, low:high])
@@ -201,18 +201,20 @@ def _backward(dy, dnew, x, dt, B, C, A, A2, D, entering, marks, dx, ddt, dB, dC,
             h[0] = entering[c, b, :, low:high]
             for k in range(count):
                 t = begin + k
-                if marks[b, t] == 0:
-                    h[k + 1] = h[k]
+                if not marks[b, t] & 1:
+                    h[k + 1] = 0 if marks[b, t] & 2 else h[k]
                     continue
                 _product(written, dt[b, t, low:high], x[b, t, low:high])
-                if marks[b, t] == 2:
+                if marks[b, t] & 2:
                     decay[k] = 0
                 else:
                     _decays(decay[k], dt[b, t, low:high], a2)
                 _follow(h[k + 1], decay[k], h[k], written, B[b, t])
             for k in range(count - 1, -1, -1):
                 t = begin + k
-                if marks[b, t] == 0:
+                if not marks[b, t] & 1:
+                    if marks[b, t] & 2:
+                        g[:] = 0
                     dx[b, t, low:high] = 0
                     ddt[b, t, low:high] = 0
                     dB[piece, b, t] = 0

@@ -647,7 +647,7 @@ def _join(ends: Tensor, moves: Tensor, start: Tensor | None, code: Tensor | None
 def forward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_a: Tensor | None, start: Tensor | None,
             code: Tensor | None) -> tuple[Tensor, ...]:
     """y and the last state in float32; then what the backward pass reads, as `_empty` lists it."""
-    q, k, v, beta = _rows(q), _rows(k), _rows(v), beta.contiguous()
+    q, k, v = _rows(q), _rows(k), _rows(v)
     (batch, tokens, heads, key), value = k.shape, v.shape[-1]
     chunks = triton.cdiv(tokens, CHUNK)
     y, new, errors, lower, states, scores, inverse, moves, vectors = outputs = _empty(k, v, _planes(log_a, code))
@@ -691,7 +691,7 @@ def backward(dy: Tensor, dnew: Tensor | None, q: Tensor, k: Tensor, beta: Tensor
              errors: Tensor, lower: Tensor, states: Tensor, scores: Tensor, inverse: Tensor, moves: Tensor,
              vectors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v; in float32 those of beta, of log_a (empty if there is none), and of the first state."""
-    q, k, dy, beta = _rows(q), _rows(k), _rows(dy), beta.contiguous()
+    q, k, dy = _rows(q), _rows(k), _rows(dy)
     (batch, tokens, heads, key), value = k.shape, dy.shape[-1]
     chunks = triton.cdiv(tokens, CHUNK)
     gain, since, total = _vectors(vectors)
@@ -737,12 +737,13 @@ def _grads(q: Tensor, k: Tensor, beta: Tensor, log_a: Tensor | None,
 def launch(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_a: Tensor | None, start: Tensor | None,
            code: Tensor | None) -> tuple[Tensor, Tensor]:
     """y [B, T, H, V] and the last state [B, H, K, V], with gradients. q, k [B, T, H, K] and v [B, T, H, V] of one dtype,
-    beta and log_a [B, T, H] of any, start [B, H, K, V] in float32; code [B, T] int32: 2 run + real."""
+    beta and log_a [B, T, H] of any, start [B, H, K, V] in float32; code: `Segments.code`."""
     key, value = k.shape[-1], v.shape[-1]
     if max(key, value) > WIDEST:
         raise ValueError(f"the fused delta scan takes keys and values of up to {WIDEST} per head, and found {key} and {value}; "
                          "use form 'chunked' or more heads")
-    y, new, *_ = _scan(q, k, v, beta, log_a, start, code)
+    log_a = None if log_a is None else log_a.contiguous()
+    y, new, *_ = _scan(q, k, v, beta.contiguous(), log_a, start, code)
     return y, new
 
 

@@ -29,10 +29,10 @@ def _load(a_ptr, b_ptr, code_ptr, row, t_a, t_b, d, ok_a, ok_b, T, D, SEG: tl.co
     at_b = (row * T + t_b).to(tl.int64)[:, None] * D + d[None, :]
     wide = (d < D)[None, :]
     if SEG:
-        # a is read where a token goes on (code 1), b where it is real: what stands at a hold may be NaN
+        # a is read where a token goes on (code 1), b where it is real (bit 0): what stands at a hold may be NaN
         code = tl.load(code_ptr + row * T + t_a, mask=ok_a, other=0)
         a = tl.load(a_ptr + at_a, mask=(code == 1)[:, None] & wide, other=0.0)
-        real = tl.load(code_ptr + row * T + t_b, mask=ok_b, other=0) > 0
+        real = (tl.load(code_ptr + row * T + t_b, mask=ok_b, other=0) & 1) == 1
         return a, tl.load(b_ptr + at_b, mask=real[:, None] & wide, other=0.0), code
     code = tl.full(t_a.shape, 1, tl.int8)
     return (tl.load(a_ptr + at_a, mask=ok_a[:, None] & wide, other=1.0),
@@ -41,7 +41,7 @@ def _load(a_ptr, b_ptr, code_ptr, row, t_a, t_b, d, ok_a, ok_b, T, D, SEG: tl.co
 
 @triton.jit
 def _scan_tile(a, b, code, SEG: tl.constexpr):
-    """Prefixes of the pairs in float32; code 0 holds (a = 1), code 2 begins a run (a = 0, as loaded)."""
+    """Prefixes of the pairs in float32; code 0 holds (a = 1), bit 1 clears (a = 0, as loaded)."""
     a, b = a.to(tl.float32), b.to(tl.float32)
     if SEG:
         a = tl.where((code == 0)[:, None], 1.0, a)
@@ -146,7 +146,7 @@ def _backward_kernel(a_ptr, h_ptr, code_ptr, start_ptr, dh_ptr, dlast_ptr, total
         da, db = grad * before, grad
         if SEG:
             own = tl.load(code_ptr + row * T + t, mask=ok, other=0)[:, None]
-            da, db = tl.where(own == 1, da, 0.0), tl.where(own > 0, db, 0.0)
+            da, db = tl.where(own == 1, da, 0.0), tl.where((own & 1) == 1, db, 0.0)
         tl.store(da_ptr + at, da.to(da_ptr.dtype.element_ty), mask=live)
         tl.store(db_ptr + at, db.to(db_ptr.dtype.element_ty), mask=live)
         g = tl.sum(tl.where((i == BT - 1)[:, None], grad, 0.0), 0)
@@ -190,7 +190,7 @@ def _parts(a: Tensor, b: Tensor, code: Tensor | None, shape: Shape, reverse: boo
 
 
 def forward(a: Tensor, b: Tensor, start: Tensor, code: Tensor | None, shape: Shape | None = None) -> tuple[Tensor, Tensor]:
-    """All states [B, T, D] in the dtype of b, and the last one in float32. code [B, T] int8: 0 hold, 1 go on, 2 begin."""
+    """All states [B, T, D] in the dtype of b, and the last one in float32. code: `Segments.marks`."""
     batch, tokens, channels = b.shape
     shape = shape or shape_of(batch, tokens, channels)
     h, last = torch.empty_like(b), torch.empty_like(start)

@@ -132,7 +132,7 @@ def _code(code_ptr, row, k, i, TILES, SEG: tl.constexpr, BT: tl.constexpr):
     code = tl.full([BT], 1, tl.int16)
     if SEG:
         code = tl.load(code_ptr + row.to(tl.int64) * TILES * BT + k * BT + i)
-    return code > 0, tl.where(code == 2, 0.0, 1.0)
+    return (code & 1) == 1, tl.where(code > 1, 0.0, 1.0)
 
 
 @triton.jit
@@ -153,7 +153,7 @@ def _prepare_kernel(b_ptr, c_ptr, code_ptr, wide_ptr, T, N, NP, TP, ROWS, b_row,
     row = tl.program_id(2).to(tl.int64)
     live = t < T
     if SEG:
-        live = tl.load(code_ptr + row * TP + t, mask=live, other=0) > 0
+        live = (tl.load(code_ptr + row * TP + t, mask=live, other=0) & 1) == 1
     mask = live[:, None] & (n < N)[None, :]
     far = t.to(tl.int64)[:, None]
     b = tl.load(b_ptr + row * b_row + far * b_token + n[None, :] * b_state, mask=mask, other=0.0).to(tl.float32)
@@ -474,7 +474,7 @@ def forward(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor | None, D: Te
             code: Tensor | None, kind: int, save: bool, shape: Shape | None = None) -> tuple[Tensor, ...]:
     """y [B, T, E], the last state [B, N, E], B and C as the kernels read them, and if `save` the states [B, K, N', E].
 
-    A [N, E] in units of log2, D [E] and start [B, N, E] are float32; code [B, T'] int16: 0 hold, 1 go on, 2 begin.
+    A [N, E] in units of log2, D [E] and start [B, N, E] are float32; code [B, T'] int16: `Segments.marks`.
     """
     batch, tokens, channels = x.shape
     states = start.shape[1]
