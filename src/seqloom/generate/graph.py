@@ -7,6 +7,7 @@ takes workspaces; the second is captured and replayed, as are all others.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -114,6 +115,8 @@ class StepGraph:
             self._graph, self._y = capture(self.step, self._x, self._side)
         except Exception as error:  # the driver reports what cannot be captured in many ways
             self.drop()
+            while error.__context__ is not None:  # leaving a capture that failed raises again and hides why
+                error = error.__context__  # type: ignore[assignment]
             said = str(error).strip().splitlines()
             raise NotCaptured(f"{type(error).__name__}: {said[0] if said else 'no reason given'}") from error
         finally:
@@ -133,6 +136,10 @@ def capture(step: Callable[[Tensor], Tensor], x: Tensor, stream: Any) -> tuple[A
     graph = torch.cuda.CUDAGraph()
     generator = torch.cuda.default_generators[x.device.index or 0]
     before = generator.clone_state()
+    # to free another graph or its memory is not allowed while one is captured, and a collector may come at any time
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
     try:
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             y = step(x)
@@ -140,6 +147,9 @@ def capture(step: Callable[[Tensor], Tensor], x: Tensor, stream: Any) -> tuple[A
         # a generator whose capture failed refuses every number drawn after it: give it the state it had
         generator.graphsafe_set_state(before)
         raise
+    finally:
+        if collects:
+            gc.enable()
     return graph, y
 
 

@@ -42,7 +42,7 @@ def parallel(x: Float[Tensor, "b t d"], *, weight: Float[Tensor, "d k"], bias: T
         state = x.new_zeros(batch, width - 1, dim)
     if segments is None:
         line = torch.cat([state.to(x.dtype), x], 1)
-        y = _Taps.apply(line, weight, bias, None, activation == "silu")
+        y = _taps(line, weight, bias, None, activation == "silu")
         return Mixed(y, line[:, tokens:].to(state.dtype, copy=True))  # a view would keep all of the line
     # what holds nowhere needs no moving: packed rows without padding (known only where values may be looked at)
     moved = torch.compiler.is_compiling() or x.device.type != "cpu" or not bool(segments.real.all())
@@ -52,7 +52,7 @@ def parallel(x: Float[Tensor, "b t d"], *, weight: Float[Tensor, "d k"], bias: T
         x, run = _Permute.apply(segments.hold(x), source, place), run.gather(1, source)
     line, run = torch.cat([state.to(x.dtype), x], 1), F.pad(run, (width - 1, 0))
     same = run.unfold(1, width, 1)[..., :-1] == run[:, width - 1 :, None]
-    y = _Taps.apply(line, weight, bias, same, activation == "silu")
+    y = _taps(line, weight, bias, same, activation == "silu")
     if moved:
         y = segments.hold(_Permute.apply(y, place, source))
     # the tail: the last K-1 entries of the line before its holds, without those of earlier runs
@@ -90,6 +90,21 @@ def fused(x: Float[Tensor, "b t d"], *, weight: Float[Tensor, "d k"], bias: Tens
 FORMS = {"parallel": parallel, "fused": fused}
 
 
+def _taps(line: Float[Tensor, "b l d"], weight: Float[Tensor, "d k"], bias: Tensor | None, same: Bool[Tensor, "b t w"] | None,
+          silu: bool) -> Float[Tensor, "b t d"]:
+    """As `_Taps`. A compiler fuses and differentiates plain operations as well, and PyTorch 2.11 compiles `_Taps` to wrong
+    gradients without a word."""
+    if not torch.compiler.is_compiling():
+        return _Taps.apply(line, weight, bias, same, silu)
+    width, wide = weight.shape[1], accumulator(line.dtype)
+    taps, tokens = weight.T.to(wide), line.shape[1] - width + 1
+    sums = line[:, width - 1 :] * taps[-1]
+    for j in range(width - 1):
+        sums = sums + _where(same, j, line[:, j : j + tokens]) * taps[j]
+    sums = sums if bias is None else sums + bias.to(wide)
+    return (F.silu(sums) if silu else sums).to(line.dtype)
+
+
 class _Taps(torch.autograd.Function):
     """Outputs [B, T, D] from the line of inputs [B, K-1+T, D]; `same` [B, T, K-1] says which taps are of the token's run."""
 
@@ -98,11 +113,9 @@ class _Taps(torch.autograd.Function):
         width, wide = weight.shape[1], accumulator(line.dtype)
         taps = weight.T.to(wide).contiguous()
         own = line[:, width - 1 :]
-        # PyTorch 2.11 compiles a forward pass that writes in place to wrong gradients, without a word
-        add = torch.addcmul if torch.compiler.is_compiling() else torch.Tensor.addcmul_
         sums = own * taps[-1] if bias is None else torch.addcmul(bias.to(wide), own, taps[-1])
         for j in range(width - 1):
-            sums = add(sums, _where(same, j, line[:, j : j + sums.shape[1]]), taps[j])
+            sums.addcmul_(_where(same, j, line[:, j : j + sums.shape[1]]), taps[j])
         ctx.save_for_backward(line, weight, bias, same, sums if silu else None)
         return (F.silu(sums) if silu else sums).to(line.dtype)
 

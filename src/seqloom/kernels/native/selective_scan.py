@@ -202,7 +202,10 @@ def _backward(dy, dnew, x, dt, B, C, A, A2, D, entering, marks, dx, ddt, dB, dC,
             for k in range(count):
                 t = begin + k
                 if not marks[b, t] & 1:
-                    h[k + 1] = 0 if marks[b, t] & 2 else h[k]
+                    if marks[b, t] & 2:
+                        h[k + 1] = 0
+                    else:
+                        h[k + 1] = h[k]
                     continue
                 _product(written, dt[b, t, low:high], x[b, t, low:high])
                 if marks[b, t] & 2:

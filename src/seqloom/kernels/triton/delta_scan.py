@@ -67,7 +67,7 @@ class Config(NamedTuple):
 # (widest key, bytes of a stream's element): the first that fits is taken
 CONFIGS = Tiles("delta_scan", hopper={
     (64, 2): Config(Tile(64, 0, 4, 1), Tile(0, 64, 4, 3), Tile(0, 64, 4, 1), Tile(0, 64, 4, 2), Tile(64, 32, 8, 1)),
-    (128, 2): Config(Tile(64, 0, 4, 2), Tile(0, 64, 4, 2), Tile(0, 128, 4, 1), Tile(0, 64, 4, 2), Tile(128, 64, 8, 2)),
+    (128, 2): Config(Tile(64, 0, 4, 2), Tile(0, 64, 4, 3), Tile(0, 128, 4, 1), Tile(0, 64, 4, 1), Tile(128, 64, 8, 2)),
     (256, 2): Config(Tile(64, 0, 4, 2), Tile(0, 32, 4, 2), Tile(0, 64, 4, 1), Tile(0, 32, 8, 2), Tile(64, 64, 8, 2)),
     (64, 4): Config(Tile(32, 0, 4, 1), Tile(0, 32, 8, 1), Tile(0, 32, 8, 1), Tile(0, 32, 8, 1), Tile(32, 32, 8, 1)),
     (128, 4): Config(Tile(32, 0, 4, 1), Tile(0, 32, 8, 1), Tile(0, 32, 8, 1), Tile(0, 32, 8, 1), Tile(32, 32, 8, 1)),

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FILL = 512   # programs that fill a card
-LEAST = 512  # tokens of a part of T, at least
+FILL = 512    # programs that fill a card
+ENOUGH = 256  # that come near it
+LEAST = 512   # tokens of a part of T, at least
 
 
 @triton.jit
@@ -170,12 +171,16 @@ class Shape(NamedTuple):
     blocks: int
 
 
-def shape_of(batch: int, tokens: int, channels: int, *, block: int = 64, tile: int = 32, warps: int = 2) -> Shape:
+def shape_of(batch: int, tokens: int, channels: int) -> Shape:
+    """Blocks of 64 channels, and parts of T until they fill the card; whole rows where blocks of 32 come near it: longer tiles
+    then keep enough bytes on their way, and everything is read once."""
+    programs = lambda block: batch * triton.cdiv(channels, block)  # noqa: E731
+    block, tile, warps, parts = 64, 32, 2, max(min(FILL // programs(64), tokens // LEAST), 1)
+    if parts > 1 and programs(32) >= ENOUGH:
+        block, tile, warps, parts = 32, 128, 4, 1
     block = min(block, max(triton.next_power_of_2(channels), 16))
-    blocks = triton.cdiv(channels, block)
-    parts = max(min(FILL // (batch * blocks), tokens // LEAST), 1)
     length = triton.cdiv(triton.cdiv(tokens, parts), tile) * tile
-    return Shape(block, tile, warps, triton.cdiv(tokens, length), length, blocks)
+    return Shape(block, tile, warps, triton.cdiv(tokens, length), length, triton.cdiv(channels, block))
 
 
 def _parts(a: Tensor, b: Tensor, code: Tensor | None, shape: Shape, reverse: bool) -> tuple[Tensor, Tensor]:
