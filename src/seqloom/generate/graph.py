@@ -115,8 +115,6 @@ class StepGraph:
             self._graph, self._y = capture(self.step, self._x, self._side)
         except Exception as error:  # the driver reports what cannot be captured in many ways
             self.drop()
-            while error.__context__ is not None:  # leaving a capture that failed raises again and hides why
-                error = error.__context__  # type: ignore[assignment]
             said = str(error).strip().splitlines()
             raise NotCaptured(f"{type(error).__name__}: {said[0] if said else 'no reason given'}") from error
         finally:
@@ -135,18 +133,22 @@ def capture(step: Callable[[Tensor], Tensor], x: Tensor, stream: Any) -> tuple[A
     """A graph of `step(x)`, which has not run yet, and the tensor that holds its result after a replay."""
     graph = torch.cuda.CUDAGraph()
     generator = torch.cuda.default_generators[x.device.index or 0]
-    before = generator.clone_state()
+    before, cause = generator.clone_state(), None
     # to free another graph or its memory is not allowed while one is captured, and a collector may come at any time
     gc.collect()
     collects = gc.isenabled()
     gc.disable()
     try:
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            y = step(x)
-    except Exception:
+            try:
+                y = step(x)
+            except Exception as error:
+                cause = error  # leaving a capture that failed raises again and hides why
+                raise
+    except Exception as error:
         # a generator whose capture failed refuses every number drawn after it: give it the state it had
         generator.graphsafe_set_state(before)
-        raise
+        raise (cause or error) from error
     finally:
         if collects:
             gc.enable()

@@ -263,7 +263,8 @@ class _Chunks(torch.autograd.Function):
             before, new = carry(move, leave @ (beta * v), start, act=torch.matmul, compose=torch.matmul, group=group)
             error = v - seen @ before
             rows = inverse @ (beta * error)
-            y = ((since * q) @ before).add_(scores @ rows)
+            # not added in place: of a result that is, PyTorch 2.11 compiles wrong gradients, without a word
+            y = (since * q) @ before + scores @ rows
         ctx.save_for_backward(q, k, beta, total, keep, reads, writes, alive, inverse, leave, move, before, error, rows)
         ctx.group = group
         return y, new

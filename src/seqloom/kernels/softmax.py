@@ -318,16 +318,12 @@ def preference(q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern, segments: S
     (batch, tokens, heads), stored = q.shape[:3], k.shape[1]
     compiled = torch.compiler.is_compiling()
     kernels, blocks = ("fused", "flex", "chunked"), ("flex", "chunked", "fused")
-    # `chunked` writes in place, of which PyTorch 2.11 compiles wrong gradients, and unrolls into as many steps as T asks for
-    merged = "matrix" if compiled else "chunked"
     if q.device.type != "cuda":
         # a distance bias over all pairs is T x T numbers a head to `fused`
         long = not compiled and pattern.slopes is not None and pattern.window is None and tokens >= LONG_BIAS
-        if lse:
-            return (merged,)
-        return ("chunked",) if long and q.device.type == "cpu" else ("fused", "chunked")
+        return ("chunked",) if lse or (long and q.device.type == "cpu") else ("fused", "chunked")
     if lse:
-        return ("flex", merged)
+        return ("flex", "chunked")
     if tokens == 1 or q.dtype == torch.float64:  # a mask of one row is no matter; no fast kernel knows float64
         return kernels
     if keys is None and at is None:
