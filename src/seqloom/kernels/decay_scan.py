@@ -166,8 +166,8 @@ def chunked(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[T
 @gpu_only()
 def fused(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[Tensor, "b t h v"],
           log_a: Tensor | None = None, *, state: Float[Tensor, "b h k v"] | None = None,
-          segments: Segments | None = None, diagonal: bool = True, axis: Axis = "key", wide: bool = False) -> Mixed:
-    """As `chunked`, by Triton kernels: matrix products in the streams' dtype, sums and states in float32, as is y if `wide`.
+          segments: Segments | None = None, diagonal: bool = True, axis: Axis = "key") -> Mixed:
+    """As `chunked`, by Triton kernels: matrix products in the streams' dtype, sums and states in float32.
 
     Of the axis that decays (that of keys, where there is one decay per head or none) a kernel holds 256 channels, in float32
     128: more are as many more heads, and what these read along keys is added.
@@ -196,12 +196,12 @@ def fused(q: Float[Tensor, "b t g k"], k: Float[Tensor, "b t g k"], v: Float[Ten
         q, k, v = (repeat(q), repeat(k), cut(v)) if by_value else (cut(q), cut(k), repeat(v))
     q, k, v, start = (x.contiguous() for x in (q, k, v, start))
     y, new = decay_scan.launch(q, k, v, None if log_a is None else log_a.contiguous(), start, code, diagonal=diagonal,
-                               by_value=by_value, wide=wide)
+                               by_value=by_value)
     if parts > 1:
         y = (rearrange(y, "b t (h n) v -> b t h (n v)", n=parts)[..., :value] if by_value else
              y.unflatten(2, (groups, parts, shared)).sum(3).flatten(2, 3))
         new = rearrange(new, "b (g n r) k v -> b (g r) (n k) v", n=parts, g=groups)[:, :, :whole]
-    return Mixed(y if wide else y.to(dtype), (new.mT if by_value else new).to(accumulator(dtype)))
+    return Mixed(y.to(dtype), (new.mT if by_value else new).to(accumulator(dtype)))
 
 
 def bidirectional(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None = None, *, state: None = None,

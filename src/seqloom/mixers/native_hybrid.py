@@ -121,12 +121,9 @@ def by_parts(form: Callable[..., Mixed], attend: Callable[..., Partial]) -> Call
         left = torch.where(near.run == 0, cells.count[:, None], 0) + near.position >= window
         with torch.autocast(q.device.type, enabled=False):
             q = q.to(wide)
-            given = (q, late.keys.to(wide), late.values.to(wide))
-            if form is decay_scan.fused:  # its products are in the dtype of its streams
-                given = tuple(x.to(dtype) for x in given)
-            far, slots, found = gated_slot.passes(form, *given, late.log_a, lambda found: (scale * found).softmax(-1),
-                                                  state=cells.slots, segments=packed)
-            far = far.to(wide)
+            far, slots, found = gated_slot.passes(
+                form, q, late.keys.to(wide), late.values.to(wide), late.log_a, lambda found: (scale * found).softmax(-1),
+                state=cells.slots, segments=packed)
             lse = (scale * found).logsumexp(-1)
             lse = lse if unwritten == "sink" else torch.where(left[..., None], lse, -torch.inf)
             parts = [Partial(far, lse)]

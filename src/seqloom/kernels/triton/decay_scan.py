@@ -820,10 +820,10 @@ def _gradients(q: Tensor | None, k: Tensor, v: Tensor | None, log_a: Tensor, dy:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, start: Tensor, code: Tensor | None, diagonal: bool,
-            save: bool, by_value: bool, wide: bool) -> tuple[Tensor, Tensor, Tensor, Prepared]:
+            save: bool, by_value: bool) -> tuple[Tensor, Tensor, Tensor, Prepared]:
     """y [B, T, H, V], the last state [B, H, K, V] in float32, the states [B, N, H, K, V] if `save`; on the value axis with K
     and V exchanged, as in `start`."""
-    shape, y = _shape(q, v, log_a, by_value), torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
+    shape, y = _shape(q, v, log_a, by_value), torch.empty_like(v)
     if by_value and log_a is not None:
         plain = shape._replace(key=shape.value, value=shape.key, gate=0)  # products of queries and keys bear no decays
         scores = _prepare(q, k, None, code, plain, diagonal).scores
@@ -879,11 +879,11 @@ def backward(dy: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: 
 # Operators, so that torch.compile and torch.export pass through without a break -------------------------------------
 
 @torch.library.custom_op("seqloom::decay_scan_fused", mutates_args=(), schema=(
-    "(Tensor q, Tensor k, Tensor v, Tensor? log_a, Tensor start, Tensor? code, bool diagonal, bool save, bool by_value,"
-    " bool wide) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
+    "(Tensor q, Tensor k, Tensor v, Tensor? log_a, Tensor start, Tensor? code, bool diagonal, bool save, bool by_value)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"))
 def _scan(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, start: Tensor, code: Tensor | None, diagonal: bool,
-          save: bool, by_value: bool, wide: bool) -> tuple[Tensor, ...]:
-    y, last, states, ready = forward(q, k, v, log_a, start, code, diagonal, save, by_value, wide)
+          save: bool, by_value: bool) -> tuple[Tensor, ...]:
+    y, last, states, ready = forward(q, k, v, log_a, start, code, diagonal, save, by_value)
     return y, last, states, *ready
 
 
@@ -900,8 +900,8 @@ def _scan_backward(dy: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, l
 
 @_scan.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, start: Tensor, code: Tensor | None, diagonal: bool,
-      save: bool, by_value: bool, wide: bool) -> tuple[Tensor, ...]:
-    shape, y = _shape(q, v, log_a, by_value), torch.empty_like(v, dtype=torch.float32 if wide else v.dtype)
+      save: bool, by_value: bool) -> tuple[Tensor, ...]:
+    shape, y = _shape(q, v, log_a, by_value), torch.empty_like(v)
     states = v.new_empty([*shape.sites, shape.key, shape.value] if save else 0)
     ready = _prepared(q, shape)
     if by_value:
@@ -916,7 +916,7 @@ def _(dy: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor 
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, log_a, _, code, ctx.diagonal, _, ctx.by_value, _ = inputs
+    q, k, v, log_a, _, code, ctx.diagonal, _, ctx.by_value = inputs
     ctx.save_for_backward(q, k, v, log_a, code, *output[2:])
 
 
@@ -924,15 +924,15 @@ def _back(ctx: Any, dy: Tensor, dlast: Tensor, *_: Any) -> tuple[Tensor | None, 
     saved = ctx.saved_tensors
     dq, dk, dv, dlog_a, dstart = _scan_backward(
         dy.to(saved[0].dtype).contiguous(), dlast.contiguous(), *saved, ctx.diagonal, ctx.by_value)
-    return dq, dk, dv, None if saved[3] is None else dlog_a, dstart, None, None, None, None, None
+    return dq, dk, dv, None if saved[3] is None else dlog_a, dstart, None, None, None, None
 
 
 _scan.register_autograd(_back, setup_context=_keep)
 
 
 def launch(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, start: Tensor, code: Tensor | None, *,
-           diagonal: bool = True, by_value: bool = False, wide: bool = False) -> tuple[Tensor, Tensor]:
-    """y, in float32 if `wide`, and the last state, with gradients where a stream asks for one.
+           diagonal: bool = True, by_value: bool = False) -> tuple[Tensor, Tensor]:
+    """y and the last state, with gradients where a stream asks for one.
 
     The axis of the state that a walk holds whole, that of keys, or of values where these decay (`by_value`), has `widest`
     channels at most; queries and keys have H heads where decays are per channel; `start` and the last state are
@@ -940,4 +940,4 @@ def launch(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor | None, start: Tensor,
     """
     streams = [x for x in (q, k, v, log_a, start) if x is not None]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in streams)
-    return _scan(q, k, v, log_a, start, code, diagonal, save, by_value, wide)[:2]
+    return _scan(q, k, v, log_a, start, code, diagonal, save, by_value)[:2]
