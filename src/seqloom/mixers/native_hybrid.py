@@ -180,11 +180,12 @@ def start(k: Tensor, v: Tensor, log_a: Tensor, window: int) -> Cells:
 
 def _opened(cells: Cells, *streams: Tensor) -> Cells:
     """With a ring of no tokens where there is none."""
-    return cells if cells.ring is not None else cells._replace(ring=Ring(*(x[:, :0] for x in streams)))
+    return cells if cells.ring is not None else Cells(cells.slots, Ring(*(x[:, :0] for x in streams)), cells.count)
 
 
 def _closed(cells: Cells) -> Cells:
-    return cells if cells.ring.keys.shape[1] else cells._replace(ring=None)
+    # made anew: PyTorch 2.11 does not compile a `_replace` whose result leaves the graph
+    return cells if cells.ring.keys.shape[1] else Cells(cells.slots, None, cells.count)
 
 
 FORMS = {
