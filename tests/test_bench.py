@@ -26,9 +26,9 @@ from seqloom.parts import SwiGLU
 # Suites -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_four_suites_keep_what_was_measured_before():
+def test_the_suites_keep_what_was_measured_before():
     parts = {part for each in suites.SUITES.values() for part in each}
-    assert list(suites.SUITES) == ["kernels", "layers", "models", "decode"]
+    assert list(suites.SUITES) == ["kernels", "layers", "models", "decode", "scale"]
     assert parts >= {"training", "state-space", "lengths", "segments", "decoding", "kernels"}
 
 
@@ -68,6 +68,8 @@ def test_the_command_writes_a_file_for_each_part(tmp_path, capsys):
     (["layers", "--part", "lenghts"], "layers has no part 'lenghts'"),
     (["models", "--mixers", "mmaba"], "did you mean 'mamba'?"),
     (["decode", "--batch", "0"], "--batch must be at least 1"),
+    pytest.param(["scale", "--part", "million", "--mixers", "linear"], "million is sized for a GPU",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
 ])
 def test_what_bench_cannot_do_is_one_sentence(words, said, capsys):
     assert main(["bench", *words]) == 2 and said in capsys.readouterr().err

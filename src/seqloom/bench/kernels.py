@@ -237,9 +237,10 @@ def error(kernel: Kernel, tokens: int = 1000) -> tuple[float, float]:
     return max(g / p if g == g else float("inf") for g, p in pairs), max(g for g, _ in pairs)
 
 
-def kernels(names: list[str] | None = None, *, lengths: tuple[int, ...] = LENGTHS,
+def kernels(names: list[str] | None = None, *, lengths: tuple[int, ...] = LENGTHS, dim: int | None = None,
             backward: bool = True) -> list[dict[str, Any]]:
-    """One row per kernel and length, and `times_peer`: another library's time over ours, where it has the same kernel.
+    """One row per kernel and length, and `times_peer`: another library's time over ours, where it has the same kernel. `dim`:
+    channels of a head (128); the width stays.
 
     Rows of a kernel that fails its comparison say so and have no times; a kernel that fails to run says why.
     """
@@ -252,7 +253,8 @@ def kernels(names: list[str] | None = None, *, lengths: tuple[int, ...] = LENGTH
     top, rows = ceilings(), []
     for name in names or list(known):
         try:
-            rows += _rows(name, known[name], lengths, backward, top)
+            with head_size(dim or DIM):
+                rows += _rows(name, known[name], lengths, backward, top)
         except Exception as error:  # another library's kernel, or ours on a card it was not made for
             said = str(error).strip().splitlines()
             rows.append({"kernel": name, "failed": f"failed: {type(error).__name__}: {said[0][:120] if said else ''}"})

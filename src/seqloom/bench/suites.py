@@ -4,6 +4,7 @@
     layers    one layer of every mixer beside SDPA softmax; the cost of packing
     models    training steps of whole models beside transformers and x-transformers; Mamba; growth with length
     decode    tokens a second after a context, the state's bytes
+    scale     training a hybrid of 350M parameters; one layer over a million tokens                         (a GPU)
 
 A part is written to a file of its own name.
 """
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from seqloom.bench import flops
+from seqloom.bench import flops, scale
 from seqloom.bench import models as zoo
 from seqloom.bench.decode import decode
 from seqloom.bench.kernels import kernels
@@ -143,10 +144,19 @@ SUITES: dict[str, dict[str, Callable[..., list[Row]]]] = {
     "layers": {"layers": layers, "segments": segments},
     "models": {"training": training, "state-space": state_space, "lengths": lengths},
     "decode": {"decoding": decode},
+    "scale": {"hybrid": scale.hybrid, "million": scale.million},
 }
+GPU = ("kernels", "scale")  # suites that need one
+# parts that are not of every mixer unless they are asked for
+CHOSEN = {"hybrid": scale.MIXERS, "million": scale.LONG}
+
+
+def mixers_of(part: str) -> list[str]:
+    """The mixers of a part by default."""
+    return list(CHOSEN.get(part, MIXERS))
 
 
 def run(part: str, mixers: list[str] | None = None, **options: Any) -> list[Row]:
     """The rows of a part of any suite."""
     parts = {name: make for suite in SUITES.values() for name, make in suite.items()}
-    return parts[part](mixers or list(MIXERS), **options)
+    return parts[part](mixers_of(part) if mixers is None else mixers, **options)

@@ -17,6 +17,7 @@ TAKES = {
     "layers": ("dim", "tokens", "batch"), "segments": ("dim", "tokens", "batch"),
     "training": (), "state-space": (), "lengths": (),
     "decoding": ("dim", "depth", "batch", "contexts", "vocab"),
+    "hybrid": ("batch", "tokens"), "million": ("dim",),
 }
 # suites by their former names
 FORMER = {"training": "models", "state-space": "models", "lengths": "models", "segments": "layers", "decoding": "decode"}
@@ -25,18 +26,20 @@ FORMER = {"training": "models", "state-space": "models", "lengths": "models", "s
 @dataclass
 class BenchOptions:
     """Time kernels beside PyTorch's attention (on a GPU), layers beside SDPA softmax, training steps of models beside
-    transformers and x-transformers, or decoding after a context; every table says where another is faster."""
+    transformers and x-transformers, decoding after a context, or training and rows at a GPU's scale; every table says where
+    another is faster."""
 
-    suite: Annotated[Literal["kernels", "layers", "models", "decode", "all"], tyro.conf.Positional] = "models"
-    """What to time. `all` leaves out `kernels`, which needs a GPU."""
+    suite: Annotated[Literal["kernels", "layers", "models", "decode", "scale", "all"], tyro.conf.Positional] = "models"
+    """What to time. `all` leaves out `kernels` and `scale`, which need a GPU."""
     part: str = ""
-    """Comma-separated tables of a suite (layers: layers, segments; models: training, state-space, lengths); all by default."""
+    """Comma-separated tables of a suite (layers: layers, segments; models: training, state-space, lengths;
+    scale: hybrid, million); all by default."""
     mixers: str = ""
     """Comma-separated names; all by default. For `kernels`, names of kernels; for --tune, of kernel files."""
     rounds: int = 5
     """Interleaved rounds; the median is reported."""
     dim: int | None = None
-    """Width of the layers, or of the models that decode."""
+    """Width of the layers, or of the models that decode; for `kernels`, channels of a head."""
     depth: int | None = None
     """Layers of the models that decode."""
     vocab: int | None = None
@@ -87,7 +90,8 @@ def main(argv: list[str]) -> int:
     if options.suite == "kernels":
         from seqloom.bench.kernels import kernels
 
-        return int(show("kernels", kernels(names or None), True))
+        part = "kernels" if options.dim is None else f"kernels-{options.dim}"
+        return int(show(part, kernels(names or None, dim=options.dim), True))
     if options.threads:
         torch.set_num_threads(options.threads)
     return _mixers(options, names, lambda part, rows: show(part, rows, gpu))
@@ -103,7 +107,7 @@ def _mixers(options: BenchOptions, names: list[str], show: Callable[[str, list],
     for name in names:
         if name not in MIXERS:
             raise BadInput(f"no mixer {name!r}; {near(name, MIXERS)}")
-    chosen = [suite for suite in suites.SUITES if suite != "kernels"] if options.suite == "all" else [options.suite]
+    chosen = [suite for suite in suites.SUITES if suite not in suites.GPU] if options.suite == "all" else [options.suite]
     parts = [part for suite in chosen for part in suites.SUITES[suite]]
     asked = [part.strip() for part in options.part.split(",") if part.strip()]
     for part in asked:
@@ -112,7 +116,8 @@ def _mixers(options: BenchOptions, names: list[str], show: Callable[[str, list],
     parts = asked or parts
     if "training" in parts:
         require_extra("x_transformers", "bench", "the training part")
-    names = names or list(MIXERS)
+    wanted = {part: names or suites.mixers_of(part) for part in parts}
+    names = [name for name in MIXERS if any(name in each for each in wanted.values())]
     results = [result for name in names for result in laws.run_laws([name], device=options.device, laws=("forms_agree",))]
     red = [name for name in names if any(result.mixer == name and result.failed for result in results)]
     for name in red:
@@ -120,7 +125,7 @@ def _mixers(options: BenchOptions, names: list[str], show: Callable[[str, list],
     for part in parts:
         values = {name: getattr(options, name) for name in TAKES[part]}
         taken = {name: value for name, value in values.items() if value is not None}
-        green = [name for name in names if name not in red]
+        green = [name for name in wanted[part] if name not in red]
         rows = suites.run(part, green, rounds=options.rounds, device=options.device, **taken)
         show(part, rows)
     return 1 if red else 0
