@@ -140,6 +140,12 @@ def again() -> float:
     return sum(not torch.equal(x, y) for x, y in zip(*runs, strict=True)) + (not torch.equal(strided, runs[0][0]))
 
 
+def kept() -> float:
+    """Bytes that a final state keeps alive beyond its own, of sizes that the kernels fill up."""
+    new = delta_scan.fused(*(x.float() for x in streams(5, 6, 10, False))).state
+    return new.untyped_storage().nbytes() - new.nbytes
+
+
 def _traced(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     return delta_scan.fused(q, k, v, beta, log_a, state=state)[:2]
 
@@ -167,7 +173,7 @@ def exported() -> float:
     return furthest(list(program.module()(*short)), list(_traced(*short)))
 
 
-CHECKS = (spans, quiet_spans, neighbour, repeated, low, again, compiled, exported)
+CHECKS = (spans, quiet_spans, neighbour, repeated, low, again, kept, compiled, exported)
 
 if __name__ == "__main__":
     run_checks({**{name: partial(case, *given) for name, given in CASES.items()}, **{each.__name__: each for each in CHECKS}})
@@ -201,6 +207,10 @@ def test_float16_streams_lose_what_float16_loses(report):
 
 def test_it_is_deterministic_and_takes_strided_streams(report):
     assert report["again"] == 0
+
+
+def test_a_state_keeps_nothing_else_alive(report):
+    assert report["kept"] == 0
 
 
 def test_compilers_pass_through_it_without_a_break(report):

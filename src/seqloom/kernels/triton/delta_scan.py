@@ -96,6 +96,16 @@ def _fine(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _solved(X, R, K: tl.constexpr, PRECISION: tl.constexpr):
+    """R + X R. Among few keys the system's inverse is large, and with it what is lost of R: up to 16 it goes in two parts."""
+    if K <= 16:
+        R = _fine(X, R, R, PRECISION)
+    else:
+        R = tl.dot(X, R.to(X.dtype), R, input_precision=PRECISION)
+    return R
+
+
+@triton.jit
 def _load(ptr, rows, stride, columns, live, WIDTH):
     """Rows of a stream, 0 where not live."""
     return tl.load(ptr + rows[:, None] * stride + columns[None, :], mask=live[:, None] & (columns < WIDTH)[None, :], other=0.0)
@@ -288,7 +298,7 @@ def _states_kernel(k, v, code, inverse, since, gain, start, errors, lower, state
         if SCALED:
             seen = _scaled(seen, tl.load(since + here * C + i))
         R = values.to(tl.float32) - seen
-        R = tl.dot(X, R.to(keys.dtype), R, input_precision=PRECISION)
+        R = _solved(X, R, K, PRECISION)
         if not ENDS:
             high = R.to(errors.dtype.element_ty)
             _store(errors + t0 * H * V, i, H * V, e, inside, V, high)
@@ -420,7 +430,7 @@ def _adjoints_kernel(q, k, dy, code, scores, inverse, since, gain, dnew, dv, aft
         if not ENDS:
             tl.store(after + here * K * V + matrix, D.to(after.dtype.element_ty), mask=ok)
         dR = _dot(tl.trans(P), late, PRECISION) + _scaled(_fine(keys, D, tl.zeros([C, BV], tl.float32), PRECISION), g)
-        dV = tl.dot(tl.trans(X), dR.to(keys.dtype), dR, input_precision=PRECISION)
+        dV = _solved(tl.trans(X), dR, K, PRECISION)
         if not ENDS:
             _store(dv + t0 * H * V, i, H * V, e, inside, V, dV)
         early = -dV
@@ -750,7 +760,8 @@ def launch(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_a: Tensor | None, 
         q, k, v = F.pad(q, (0, more_k)), F.pad(k, (0, more_k)), F.pad(v, (0, more_v))
         start = None if start is None else F.pad(start, (0, more_v, 0, more_k))
     y, new, *_ = _scan(q, k, v, beta.contiguous(), log_a, start, code)
-    return y[..., :value], new[..., :key, :value]
+    # whole, not a view: a state that is kept would keep the filling alive
+    return y[..., :value], new[..., :key, :value].contiguous()
 
 
 @torch.library.custom_op("seqloom::delta_scan_fused", mutates_args=(), schema=(
