@@ -166,6 +166,17 @@ def test_convolve_is_its_matrix(length, both):
         assert_close(got, torch.autograd.grad((want * target).sum(), [clean, *leaves]))
 
 
+@pytest.mark.parametrize("length", [9, 24, 30])
+@pytest.mark.parametrize("both", [False, True])
+def test_many_short_rows_are_convolved_by_a_product(both, length):
+    u, k, back = torch.randn(40, 24, 3).double(), torch.randn(3, length).double(), torch.randn(3, length).double()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        y = long_conv.convolve(u, k, back=back if both else None)
+    assert not any("fft" in event.key for event in profile.key_averages())
+    weight = long_conv.toeplitz(k, 24, back=back if both else None)
+    assert_close(y, torch.einsum("bdij,bjd->bid", weight.expand(40, -1, -1, -1), u))
+
+
 @pytest.mark.parametrize("tokens", [29, 100, 200])
 def test_fixed_shapes_give_the_same(tokens):
     """What compiled code takes: halves joined pairwise."""

@@ -32,6 +32,7 @@ from seqloom.kernels.decay_scan import flip
 from seqloom.kernels.rows import regroup, take
 
 CHUNK = 64
+SHORT = 64  # tokens of a row up to which many of them are one product with a matrix, faster than transforms of each
 
 
 # A given kernel ---------------------------------------------------------------------------------------------------
@@ -57,7 +58,8 @@ def toeplitz(k: Float[Tensor, "d l"], tokens: int, *, back: Float[Tensor, "d l"]
 
 def convolve(u: Float[Tensor, "b t d"], k: Float[Tensor, "d l"], *, back: Float[Tensor, "d l"] | None = None,
              segments: Segments | None = None) -> Float[Tensor, "b t d"]:
-    """y = k * u within every segment by FFT, with `back` towards the past of later tokens (module docstring).
+    """y = k * u within every segment, with `back` towards the past of later tokens (module docstring): by FFT, or where rows
+    are short and many by a product with a matrix.
 
     The transform is at least as long as signal and kernel together, so that nothing wraps around. Each segment gets
     a row of its own (`rows.regroup`), so that a loud one leaves no rounding error in a quiet one. Sizes of rows depend
@@ -84,6 +86,8 @@ def _within(u: Tensor, k: Tensor, back: Tensor | None, segments: Segments | None
 def _fft(u: Float[Tensor, "b t d"], k: Float[Tensor, "d l"], back: Tensor | None) -> Float[Tensor, "b t d"]:
     tokens, compiling = u.shape[1], torch.compiler.is_compiling()
     k = k[:, :tokens]
+    if tokens <= min(SHORT, 2 * u.shape[0]) and not compiling:
+        return _tokens(_chunks(u, tokens) @ _square(k, back, tokens), u.shape[0])
     size = 2 * tokens if compiling else _smooth(2 * tokens)
     if back is not None:  # lag -1 stands at the very end of the period
         back = back[:, : tokens - 1]
@@ -443,9 +447,17 @@ class _Layout(torch.autograd.Function):
 
 
 def _triangle(k: Float[Tensor, "d r"]) -> Float[Tensor, "d r r"]:
-    """[j, i] = k_{i-j}, 0 where i < j: a window sliding over the kernel with zeros before it."""
-    size = k.shape[-1]
-    return F.pad(k, (size - 1, 0)).unfold(-1, size, 1).flip(1)
+    """[j, i] = k_{i-j}, 0 where i < j."""
+    return _square(k, None, k.shape[-1])
+
+
+def _square(k: Float[Tensor, "d l"], back: Float[Tensor, "d l"] | None, size: int) -> Float[Tensor, "d r r"]:
+    """[j, i] = k_{i-j}, and where i < j of `back`, if any, the entry j - i - 1: a window sliding over both in one row."""
+    line = F.pad(k, (size - 1, size - k.shape[-1]))
+    if back is not None:
+        back = back[:, : size - 1].flip(1)
+        line = line + F.pad(back, (size - 1 - back.shape[-1], size))
+    return line.unfold(-1, size, 1).flip(1)
 
 
 def _root(count: int) -> int:

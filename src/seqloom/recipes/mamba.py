@@ -92,9 +92,9 @@ CLAIMS = (
         first_seed=100,
         notes="Tried before, with embeddings of standard deviation 0.02 for all arms: 1,000 steps (method 0.43, baseline 0.63, "
         "knockout 0.53) and 1,500 (0.48, 0.69, 0.58) at seeds 0, 17, 34. The rates this task needs redraw such a table in "
-        "the first steps, so every arm of every claim now starts from unit variance; chosen on the calibration seed. 1,500 steps then gave 0.90, 0.64 and 0.54 on one "
-        "machine and 0.67, 0.64 and 0.55 on another, where the calibration seed did not learn at 2e-2: with 2,000 it learns "
-        "at two rates of three, and the seeds are fresh.",
+        "the first steps, so every arm of every claim now starts from unit variance; chosen on the calibration seed. 1,500 "
+        "steps then gave 0.90, 0.64 and 0.54 on one machine and 0.67, 0.64 and 0.55 on another, where the calibration seed did "
+        "not learn at 2e-2: with 2,000 it learns at two rates of three, and the seeds are fresh.",
         arms={
             "method": model(dim=32, depth=2, mixer=Mamba(**SMALL)),
             "baseline": model(dim=32, depth=2, mixer=S4D(state=96)),
