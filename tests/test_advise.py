@@ -132,10 +132,16 @@ def test_state_bytes_are_counted_and_memory_grows_with_everything(measured):
     assert {one.mixer: one for one in ask(measured, length=1024).candidates}["gru"].state_bytes == base["gru"].state_bytes
 
 
+def test_a_card_that_was_not_measured_is_answered_by_its_like_and_says_so(measured):
+    h200 = {**measured.costs["cpu"], "machine": "NVIDIA H200"}
+    found = ask(measured._replace(costs={**measured.costs, "h200": h200}), device="h100")
+    assert found.question.device == "h200" and "those of NVIDIA H200: an H100" in found.cautions[0]
+
+
 def test_what_cannot_be_answered_is_refused(measured):
     for facts, words in (
         (dict(task="recal"), "did you mean 'recall'"),
-        (dict(device="h100"), "no costs were measured on 'h100'; it is one of|no costs were measured on 'h100'"),
+        (dict(device="b200"), "no costs were measured on 'b200'; it is one of|no costs were measured on 'b200'"),
         (dict(memory=1000), "nothing fits 1000 B.*the smallest is .*give that, or a shorter length"),
         (dict(length=0), "length must be at least 1"),
     ):

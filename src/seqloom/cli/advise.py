@@ -24,7 +24,7 @@ class AdviseOptions:
     memory: str = ""
     """What there is of it, such as 8GB or 512MiB."""
     device: str = "cpu"
-    """Where it runs: cpu, or h100."""
+    """Where it runs: cpu, h200, or h100."""
     to: Literal["train", "generate"] = "train"
     """What has to fit and be fast: a training step, or generating a token."""
     dim: int = 256

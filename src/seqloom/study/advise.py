@@ -34,6 +34,8 @@ SIMPLE, PATIENCE = 1.25, 3.0
 CLOSE = {"bits per byte": 0.1, "share of answers that are right": 0.05}
 HOLDS = ("recall", "copy")    # tasks that ask for what was said, word for word
 PLAIN = "softmax"
+# a card that was not measured: the one that answers for it, and how they differ
+STANDS_IN = {"h100": ("h200", "an H100 has the same arithmetic and a memory 1.4 times slower")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +170,11 @@ def advise(question: Question, measured: Measured | None = None) -> Advice:
     if question.task not in measured.map:
         raise BadInput(f"the map has no runs of task {question.task!r} yet; {near(question.task, measured.map)}. "
                        f"`seqloom compare --task {question.task}` trains the mixers you name on it here")
+    note: tuple[str, ...] = ()
+    if question.device not in measured.costs and STANDS_IN.get(question.device, ("",))[0] in measured.costs:
+        other, how = STANDS_IN[question.device]
+        note = (f"costs are those of {measured.costs[other]['machine']}: {how}",)
+        question = replace(question, device=other)
     if question.device not in measured.costs:
         raise BadInput(f"no costs were measured on {question.device!r}; {near(question.device, measured.costs)}. `python -m "
                        "seqloom.bench.costs` measures them, and `seqloom advise --refresh` takes them in")
@@ -181,7 +188,7 @@ def advise(question: Question, measured: Measured | None = None) -> Advice:
         decision.runner_up.mixer if decision.runner_up else None,
         tuple(_reasons(question, decision, found, measured)),
         tuple(_otherwise(question, decision, found, measured)),
-        tuple(_cautions(question, decision, found, measured)),
+        (*note, *_cautions(question, decision, found, measured)),
         tuple(sorted(found, key=lambda one: (not one.fits(question), not one.holds(question), -one.score, one.seconds))),
     )
 
