@@ -38,7 +38,7 @@ def hybrid(mixers: list[str], *, rounds: int = 5, batch: int = 4, tokens: int = 
            device: str = "cuda") -> list[Row]:
     """A row for each hybrid and for Llama: tokens a second, the share of the measured matrix-product rate that the model's own
     operations take (`utilisation`), `times_llama`, peak memory."""
-    _needs_gpu(device, "hybrid")
+    needs_gpu(device, "hybrid")
     torch.manual_seed(0)
     ids = torch.randint(VOCAB, (batch, tokens + 1), device=device)
     makers: dict[str, Callable[[Tensor], tuple[nn.Module, Callable[[], None], float]]] = {
@@ -118,7 +118,7 @@ def million(mixers: list[str], *, rounds: int = 2, dim: int = 512, lengths: tupl
             device: str = "cuda") -> list[Row]:
     """Seconds and peak memory of one layer, bfloat16, one row; `growth` is memory over that of the first length: 2 where it is
     linear and the length doubles."""
-    _needs_gpu(device, "million")
+    needs_gpu(device, "million")
     rows: list[Row] = []
     for name in mixers:
         found = attempt(name, partial(_long, name, rounds, dim, lengths, device))
@@ -151,6 +151,6 @@ def _long(name: str, rounds: int, dim: int, lengths: tuple[int, ...], device: st
     return {"rows": rows}
 
 
-def _needs_gpu(device: str, part: str) -> None:
+def needs_gpu(device: str, part: str) -> None:
     if torch.device(device).type != "cuda" or not torch.cuda.is_available():
         raise BadInput(f"{part} is sized for a GPU: give --device cuda on a machine that has one")

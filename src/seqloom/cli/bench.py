@@ -92,6 +92,10 @@ def main(argv: list[str]) -> int:
 
         part = "kernels" if options.dim is None else f"kernels-{options.dim}"
         return int(show(part, kernels(names or None, dim=options.dim), True))
+    if options.suite == "scale":
+        from seqloom.bench.scale import needs_gpu
+
+        needs_gpu(options.device, options.part or "scale")
     if options.threads:
         torch.set_num_threads(options.threads)
     return _mixers(options, names, lambda part, rows: show(part, rows, gpu))
