@@ -169,12 +169,17 @@ def test_convolve_is_its_matrix(length, both):
 @pytest.mark.parametrize("length", [9, 24, 30])
 @pytest.mark.parametrize("both", [False, True])
 def test_many_short_rows_are_convolved_by_a_product(both, length):
-    u, k, back = torch.randn(40, 24, 3).double(), torch.randn(3, length).double(), torch.randn(3, length).double()
+    shapes = [(40, 24, 3), *[(3, length)] * (1 + both)]
+    leaves = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    u, k, back = leaves if both else (*leaves, None)
+    target = torch.randn(40, 24, 3, dtype=torch.float64)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        y = long_conv.convolve(u, k, back=back if both else None)
+        y = long_conv.convolve(u, k, back=back)
+        got = torch.autograd.grad((y * target).sum(), leaves)
     assert not any("fft" in event.key for event in profile.key_averages())
-    weight = long_conv.toeplitz(k, 24, back=back if both else None)
-    assert_close(y, torch.einsum("bdij,bjd->bid", weight.expand(40, -1, -1, -1), u))
+    want = torch.einsum("bdij,bjd->bid", long_conv.toeplitz(k, 24, back=back).expand(40, -1, -1, -1), u)
+    assert_close(y, want)
+    assert_close(got, torch.autograd.grad((want * target).sum(), leaves))
 
 
 @pytest.mark.parametrize("tokens", [29, 100, 200])
